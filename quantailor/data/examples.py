@@ -1,0 +1,67 @@
+"""Data ready for a model: rows, how to batch them, and what had to be done to get there."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quantailor.data import batching
+from quantailor.data.batching import LMDataset, PadCollator, RecordDataset
+from quantailor.data.columns import Task
+from quantailor.data.streams import LMWindows
+from quantailor.errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What `load_examples` returns and every verb takes.
+
+    `notes` has a line for everything that was done to the data unasked; `fingerprint` is the sha256 of the token
+    ids, so two results with the same one were measured on the same tokens. `label_names` is empty for `lm`.
+    """
+
+    task: Task
+    dataset: LMDataset | RecordDataset
+    collator: PadCollator
+    source: str
+    label_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    num_tokens: int = dataclasses.field(init=False)
+    fingerprint: str = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_tokens", self.dataset.num_tokens)
+        object.__setattr__(self, "fingerprint", self.dataset.fingerprint())
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names)
+
+    @property
+    def windows(self) -> LMWindows | None:
+        """The token stream of a language model's text; None for rows of instructions or of classes."""
+        return self.dataset.windows if isinstance(self.dataset, LMDataset) else None
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, limit: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """One pass in padded batches, as `quantailor.data.batching.batches`."""
+        return batching.batches(self.dataset, self.collator, batch_size, shuffle=shuffle, seed=seed, limit=limit)
+
+    def take(self, limit: int) -> "Examples":
+        """The first `limit` rows. Raises: UsageError for a `limit` below 1."""
+        if limit < 1:
+            raise UsageError(f"limit={limit} leaves no rows; use 1 or more, or None for all")
+        if limit >= len(self):
+            return self
+        if isinstance(self.dataset, LMDataset):
+            return self.replaced(LMDataset(self.dataset.windows.first(limit)))
+        return self.replaced(RecordDataset(self.dataset.rows[:limit]))
+
+    def replaced(self, dataset: LMDataset | RecordDataset, *notes: str) -> "Examples":
+        """The same with other rows, and further notes."""
+        return dataclasses.replace(self, dataset=dataset, notes=(*self.notes, *notes))

@@ -1,0 +1,393 @@
+"""A quantized model as a folder that transformers loads: written whole or not at all, read strictly.
+
+Beside the weights lie the tokenizer, `quantailor.json` (what was done to each layer, and the digests of the integers
+that the simulated model had when it was packed), `parity.safetensors` (probe tokens and the simulated model's last
+logits) and the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from quantailor.errors import QuantailorError, UntrustedInput, UsageError
+from quantailor.evaluate.parity import Digests, digests
+from quantailor.export import layout, plugin
+from quantailor.models.loading import Task, load_tokenizer, quiet_transformers, task_of
+from quantailor.models.prepare import FAKE_QUANT, PACKED, State, state_of
+from quantailor.nn.packed import PackedWeight, packed
+from quantailor.recipe import Entry, Inventory
+from quantailor.spec import Scheme, from_json, to_json
+from quantailor.store.jsonio import read_json, write_json
+from quantailor.store.manifest import verify, write_manifest
+from quantailor.store.publish import recover
+from quantailor.store.untrusted import check_finite, scan_model_folder
+
+RECEIPT = "quantailor.json"
+PARITY = "parity.safetensors"
+_CLASSES = {"lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A loaded quantized folder."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    state: State
+    format: layout.Format
+    receipt: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+def choose_format(inventory: Inventory, wanted: str | None) -> tuple[layout.Format, str]:
+    """(format, why). Raises: UsageError if compressed-tensors is asked for and cannot say the inventory."""
+    if wanted not in (None, "compressed-tensors", "quantailor"):
+        raise UsageError(f"format {wanted!r} is none of compressed-tensors, quantailor")
+    reason = layout.why_not_compressed_tensors(inventory)
+    if wanted == "compressed-tensors" and reason:
+        raise UsageError(
+            f"compressed-tensors cannot hold this model: {reason}; leave --format out, or change that layer's scheme by a rule"
+        )
+    if wanted == "quantailor" or reason:
+        return "quantailor", reason or "asked for"
+    return "compressed-tensors", "stock transformers and vLLM read it"
+
+
+def write_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: str | None = None,
+    probe: Mapping[str, Tensor] | None = None,
+    details: dict[str, Any] | None = None,
+) -> layout.Format:
+    """Fill an empty `folder`; the caller publishes it. The model is left as it is; layers are packed one at a time.
+
+    `probe`: tokens whose logits are kept for `check`. Raises: UsageError as `choose_format`; QuantailorError where a
+    static activation scale was never calibrated, or a weight is no longer finite.
+    """
+    state = state_of(model)
+    assert state is not None, "prepare or load the model first"
+    chosen, why = choose_format(state.inventory, format)
+    tensors, own = _tensors(model, state, chosen)
+    bad = next((n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+    if bad is not None:
+        raise QuantailorError(
+            f"{bad} holds NaN or Inf after quantization; nothing was saved: start again from the float model"
+        )
+    config, state_dict = model.config, {k: v.contiguous() for k, v in tensors.items()}
+    quantizer, model.hf_quantizer = getattr(model, "hf_quantizer", None), None  # type: ignore[assignment]
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        del config.quantization_config
+    try:
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        model.hf_quantizer = quantizer  # type: ignore[assignment]
+        if stored is not None:
+            config.quantization_config = stored
+    _write_config(folder, chosen, state, own)
+    tokenizer.save_pretrained(folder)
+    if probe is not None:
+        save_file(
+            {**{f"input.{k}": v.contiguous() for k, v in probe.items()}, "logits": last_logits(model, probe)},
+            folder / PARITY,
+        )
+    write_json(
+        folder / RECEIPT,
+        {
+            "scheme": str(state.scheme),
+            "method": state.method,
+            "format": chosen,
+            "format_reason": why,
+            "coverage": state.inventory.coverage,
+            "notes": state.notes,
+            "inventory": [
+                {**entry.to_json(), "spec": to_json(entry.scheme) if entry.scheme else None, **_report(state, entry)}
+                for entry in state.inventory
+            ],
+            "digests": digests(model),
+            "details": details or {},
+        },
+    )
+    write_manifest(
+        folder, kind="quantized model", details={"scheme": str(state.scheme), "format": chosen, "method": state.method}
+    )
+    return chosen
+
+
+def _report(state: State, entry: Entry) -> dict[str, Any]:
+    report = state.layers.get(entry.name)
+    return {"report": report} if report else {}
+
+
+@torch.no_grad()
+def last_logits(model: nn.Module, probe: Mapping[str, Tensor], positions: int = 4) -> Tensor:
+    """Logits float32 of the last few positions (all of a classifier's): enough to compare, small enough to keep."""
+    was_training = model.training
+    model.eval()
+    device = next(iter(model.buffers())).device
+    logits = model(**{k: v.to(device) for k, v in probe.items()}).logits.float().cpu()
+    model.train(was_training)
+    return (logits[:, -positions:] if logits.dim() == 3 else logits).contiguous()
+
+
+def _tensors(model: nn.Module, state: State, chosen: layout.Format) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that is stored, by its name on disk, and what our own config says of shapes, biases and kernels."""
+    result: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    biases: set[str] = set()
+    conv: dict[str, dict[str, Any]] = {}
+    stores: dict[int, PackedWeight] = {}
+    names = {name for name, module in model.named_modules() if isinstance(module, FAKE_QUANT + PACKED)}
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, FAKE_QUANT):
+            _check_calibrated(name, module)
+            twin = packed(module, stores.get(id(module.weight_quantizer)))  # type: ignore[arg-type]
+            first = id(module.weight_quantizer) not in stores
+            stores[id(module.weight_quantizer)] = twin.packed
+        else:
+            twin = module  # type: ignore[assignment]
+            first = id(twin.packed) not in stores
+            stores[id(twin.packed)] = twin.packed
+        shapes[name] = (twin.packed.out_features, twin.packed.in_features)
+        if hasattr(twin, "settings"):
+            conv[name] = twin.settings
+        if twin.bias is not None:
+            biases.add(name)
+            result[f"{name}.bias"] = twin.bias
+        buffers = {k: v for k, v in twin.packed.named_buffers()}
+        if chosen == "compressed-tensors":
+            scheme = state.inventory.quantized[name]
+            result |= layout.to_compressed_tensors(name, buffers, scheme, twin.packed.in_features)
+            continue
+        if first or next(e for e in state.inventory if e.name == name).tied_to is None:
+            result |= {f"{name}.packed.{k}": v for k, v in buffers.items()}
+        result |= {f"{name}.{k}": getattr(twin, k) for k in ("input_scale", "output_scale") if hasattr(twin, k)}
+    inside = tuple(f"{name}." for name in names)
+    for key, tensor in model.state_dict().items():
+        if not key.startswith(inside):
+            result[key] = tensor
+    return result, {"shapes": shapes, "bias": biases, "conv": conv}
+
+
+def _check_calibrated(name: str, module: Any) -> None:
+    for quantizer in (module.input_quantizer, module.output_quantizer):
+        if quantizer is not None and not quantizer.spec.dynamic and not bool(quantizer.calibrated):
+            raise QuantailorError(
+                f"{name}: its static activation scale was never calibrated; give calibration data, or use dynamic scales"
+            )
+
+
+def _write_config(folder: Path, chosen: layout.Format, state: State, own: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if chosen == "compressed-tensors":
+        write_json(path, {**config, "quantization_config": layout.compressed_tensors_config(state.inventory)})
+        return
+    wrapped = plugin.wrapped(config, plugin.own_config(state, **own))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listing = json.loads(index.read_text())
+        listing["weight_map"] = {k: v.replace("model-", "quantailor-", 1) for k, v in listing["weight_map"].items()}
+        index.unlink()
+        write_json(folder / f"{plugin.WEIGHTS_NAME}.index.json", listing)
+        wrapped["weights_file"] = f"{plugin.WEIGHTS_NAME}.index.json"
+    for shard in folder.glob("model*.safetensors"):
+        shard.rename(folder / shard.name.replace("model", "quantailor", 1))
+    write_json(path, wrapped)
+
+
+def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
+    """Load what `write_folder` wrote, strictly: every tensor there, none too many, each of the right shape, finite
+    and in range. Raises: UntrustedInput otherwise."""
+    quiet_transformers()
+    folder = Path(folder)
+    if not folder.exists():
+        recover(folder)
+    manifest = verify(folder) if verify_hashes else {}
+    files = scan_model_folder(folder)
+    check_finite(files)
+    receipt = _read_receipt(folder)
+    state = _state(receipt, folder)
+    own = files.config.get("model_type") == "quantailor"
+    if own:
+        plugin.register()
+    inner = plugin.unwrapped(files.config) if own else files.config
+    task = task_of(inner)
+    if task is None:
+        raise UntrustedInput(f"{folder}: config.json names no architecture for language modelling or classification")
+    stored = _read_tensors(files.weight_files)
+    try:
+        quantization, state_dict = _own_names(files.config, state, stored, own)
+    except (KeyError, ValueError) as error:
+        raise UntrustedInput(
+            f"{folder} does not hold what its config says: {error.args[0]}; use a sound copy"
+        ) from error
+    plugin.register()
+    config = CONFIG_MAPPING[inner["model_type"]].from_dict(
+        {k: v for k, v in inner.items() if k != "transformers_weights"}
+    )
+    config.quantization_config = quantization.to_dict()
+    _check_grids(folder, state_dict)
+    try:
+        model, info = (
+            _CLASSES[task]
+            ._model_mapping[type(config)]
+            .from_pretrained(
+                None,
+                config=config,
+                state_dict=state_dict,
+                dtype=config.dtype or torch.float32,
+                output_loading_info=True,
+            )
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UntrustedInput(f"{folder} does not load: {first}") from error
+    for kind, keys in (
+        ("lacks", info["missing_keys"]),
+        ("has", info["unexpected_keys"]),
+        ("misshapes", info.get("mismatched_keys") or []),
+    ):
+        if keys:
+            raise UntrustedInput(f"{folder} {kind} tensor {sorted(keys)[0]}, against its config.json; use a sound copy")
+    model.quantailor_state = state
+    return Folder(
+        model.eval(),
+        load_tokenizer(folder),
+        task,
+        state,
+        "quantailor" if own else "compressed-tensors",
+        receipt,
+        manifest,
+    )
+
+
+def _read_receipt(folder: Path) -> dict[str, Any]:
+    path = folder / RECEIPT
+    if not path.exists():
+        raise UntrustedInput(f"{folder} has no {RECEIPT}; only folders that quantailor wrote can be read so far")
+    receipt = read_json(path, max_bytes=100_000_000)
+    if (
+        not isinstance(receipt, dict)
+        or not isinstance(receipt.get("inventory"), list)
+        or not isinstance(receipt.get("digests"), dict)
+    ):
+        raise UntrustedInput(f"{path} is damaged: it has no inventory or no digests")
+    return receipt
+
+
+def _state(receipt: dict[str, Any], folder: Path) -> State:
+    try:
+        entries = [
+            Entry(
+                e["name"],
+                e["type"],
+                tuple(e["shape"]),
+                e["num_weights"],
+                from_json(e["spec"]),
+                e["reason"],
+                e.get("tied_to"),
+            )
+            for e in receipt["inventory"]
+        ]
+        scheme = _scheme(receipt["scheme"], entries)
+    except (KeyError, TypeError, UsageError) as error:
+        raise UntrustedInput(f"{folder / RECEIPT} is damaged: {error}") from error
+    layers = {e["name"]: e["report"] for e in receipt["inventory"] if "report" in e}
+    return State(
+        scheme, Inventory(tuple(entries)), receipt.get("method", "none"), list(receipt.get("notes", [])), layers
+    )
+
+
+def _scheme(text: str, entries: list[Entry]) -> Scheme:
+    try:
+        return Scheme.parse(text)
+    except UsageError:  # a scheme without a string: the commonest of the layers stands for it
+        used = [e.scheme for e in entries if e.scheme is not None]
+        return max(used, key=used.count) if used else Scheme()
+
+
+def _read_tensors(paths: tuple[Path, ...]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UntrustedInput(f"{path} cannot be read: {error}") from error
+    return tensors
+
+
+def _own_names(
+    config: dict[str, Any], state: State, stored: dict[str, Tensor], own: bool
+) -> tuple[plugin.QuantailorConfig, dict[str, Tensor]]:
+    """(our quantization config, tensors by the names our modules have), from either layout."""
+    if own:
+        settings = {k: v for k, v in config["quantization_config"].items() if k != "quant_method"}
+        quantization = plugin.QuantailorConfig(**settings)
+        for name, layer in quantization.layers.items():
+            if tied_to := layer.get("tied_to"):
+                prefix = f"{tied_to}.packed."
+                stored |= {
+                    f"{name}.packed.{k.removeprefix(prefix)}": v
+                    for k, v in list(stored.items())
+                    if k.startswith(prefix)
+                }
+        return quantization, stored
+    shapes: dict[str, tuple[int, int]] = {}
+    biases: set[str] = set()
+    for name, scheme in state.inventory.quantized.items():
+        buffers = layout.from_compressed_tensors(name, stored, scheme)
+        entry = next(e for e in state.inventory if e.name == name)
+        shapes[name] = (entry.shape[0], entry.shape[1])
+        if f"{name}.bias" in stored:
+            biases.add(name)
+        for suffix in layout.COMPRESSED_NAMES:
+            stored.pop(f"{name}.{suffix}", None)
+        stored |= {f"{name}.packed.{k}": v for k, v in buffers.items()}
+    settings = plugin.own_config(state, shapes, biases, {})
+    return plugin.QuantailorConfig(**{k: v for k, v in settings.items() if k != "quant_method"}), stored
+
+
+def _check_grids(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Scales are positive; zero points lie on their grid by their type. Finiteness was checked before."""
+    for name, tensor in tensors.items():
+        if name.endswith((".packed.scale", ".input_scale", ".output_scale")) and not bool((tensor > 0).all()):
+            raise UntrustedInput(
+                f"{folder}: scale {name} holds {float(tensor.min()):.3g}; a scale is positive: use a sound copy"
+            )
+
+
+def stored_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor] | None:
+    """(probe inputs, the simulated model's last logits) kept with the folder, or None."""
+    path = Path(folder) / PARITY
+    if not path.exists():
+        return None
+    tensors = load_file(path)
+    return {k.removeprefix("input."): v for k, v in tensors.items() if k.startswith("input.")}, tensors["logits"]
+
+
+def expected_digests(receipt: dict[str, Any]) -> Digests:
+    """What the simulated model's layers held when they were packed."""
+    return receipt["digests"]

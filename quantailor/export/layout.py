@@ -1,0 +1,124 @@
+"""How packed tensors are named and laid out on disk: compressed-tensors where a scheme can be said in it, else our own.
+
+compressed-tensors (what stock transformers and vLLM read):
+    pack-quantized   LAYER.weight_packed int32 [O, words], LAYER.weight_scale [O, G], LAYER.weight_shape int64 [2]
+    int-quantized    LAYER.weight int8 [O, N], LAYER.weight_scale [O, 1]            (8-bit activations, per token)
+our own: the buffers of `PackedWeight` under LAYER.packed, and LAYER.input_scale where activations are static.
+
+Axes: O out, N in, G groups a row. The integers are the same in memory and in both layouts; nothing is rounded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from quantailor.numerics.packing import pack, unpack
+from quantailor.recipe import Inventory, in_features
+from quantailor.spec import Int, PerChannel, PerGroup, PerToken, QuantSpec, Scheme
+
+Format = Literal["compressed-tensors", "quantailor"]
+
+
+def why_not_compressed_tensors(inventory: Inventory) -> str | None:
+    """The first thing in the inventory that compressed-tensors' layout cannot say; None if it can say all."""
+    for entry in inventory:
+        if entry.scheme is None:
+            continue
+        if entry.kind != "Linear":
+            return f"{entry.name} is a {entry.kind}"
+        if entry.tied_to is not None:
+            return f"{entry.name} shares its weight with {entry.tied_to}"
+        if reason := _unsayable(entry.scheme, in_features(entry.kind, entry.shape)):
+            return f"{entry.name}: {reason}"
+    return None
+
+
+def _unsayable(scheme: Scheme, length: int) -> str | None:
+    weight, activations = scheme.weight, scheme.input
+    if weight is None or scheme.output is not None:
+        return "only weights, or weights and inputs, have a place there"
+    grid = weight.grid
+    if not isinstance(grid, Int) or not grid.symmetric or grid.narrow or grid.bits not in (2, 4, 8):
+        return f"its grid {grid} is not symmetric with 2, 4 or 8 bits"
+    if not isinstance(weight.granularity, PerChannel | PerGroup):
+        return "its scale is per tensor"
+    if isinstance(weight.granularity, PerGroup) and length % weight.granularity.size:
+        return f"groups of {weight.granularity.size} leave a shorter last one of {length} inputs"
+    if activations is not None and not (_is_plain_int8(activations) and grid.bits == 8 and weight.group_size is None):
+        return "only 8-bit channel weights go with activations, and those must be 8-bit per token"
+    return None
+
+
+def _is_plain_int8(spec: QuantSpec) -> bool:
+    return spec.dynamic and isinstance(spec.granularity, PerToken) and spec.grid == Int(8)
+
+
+def compressed_tensors_config(inventory: Inventory) -> dict[str, Any]:
+    """The `quantization_config` that says the inventory. Modules are named exactly, so that none is caught by chance."""
+    schemes: dict[Scheme, list[str]] = {}
+    for name, scheme in inventory.quantized.items():
+        schemes.setdefault(scheme, []).append(name)
+    groups = {}
+    for index, (scheme, names) in enumerate(schemes.items()):
+        assert scheme.weight is not None and isinstance(scheme.weight.grid, Int)
+        grouped = scheme.weight.group_size is not None
+        weights = {
+            "num_bits": scheme.weight.grid.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group" if grouped else "channel",
+            "dynamic": False,
+        } | ({"group_size": scheme.weight.group_size} if grouped else {})
+        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        groups[f"group_{index}"] = {
+            "targets": names,
+            "weights": weights,
+            "input_activations": inputs if scheme.input else None,
+            "output_activations": None,
+            "format": _ct_format(scheme),
+        }
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": [e.name for e in inventory if e.scheme is None and e.kind == "Linear"],
+        "config_groups": groups,
+    }
+
+
+def _ct_format(scheme: Scheme) -> str:
+    return "int-quantized" if scheme.input is not None else "pack-quantized"
+
+
+def to_compressed_tensors(name: str, packed: Mapping[str, Tensor], scheme: Scheme, length: int) -> dict[str, Tensor]:
+    """One layer's `PackedWeight` buffers under the names and shapes of compressed-tensors."""
+    scale = packed["scale"]
+    if scheme.input is not None:
+        return {f"{name}.weight": packed["q"], f"{name}.weight_scale": scale}
+    words = packed["words"] if "words" in packed else pack(packed["q"].to(torch.int16) + 128, 8)
+    shape = torch.tensor([words.shape[0], length], dtype=torch.int64)
+    return {f"{name}.weight_packed": words, f"{name}.weight_scale": scale, f"{name}.weight_shape": shape}
+
+
+def from_compressed_tensors(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+    """The inverse: buffers of a `PackedWeight`, without their prefix. Raises: KeyError naming what is missing,
+    ValueError if shapes contradict each other."""
+    scale = stored[f"{name}.weight_scale"].float()
+    if scheme.input is not None:
+        return {"q": stored[f"{name}.weight"], "scale": scale}
+    words = stored[f"{name}.weight_packed"]
+    rows, length = (int(v) for v in stored[f"{name}.weight_shape"])
+    if rows != words.shape[0]:
+        raise ValueError(f"{name}: weight_shape says {rows} rows, weight_packed has {words.shape[0]}")
+    assert scheme.weight is not None
+    if scheme.weight.grid.bits == 8:
+        return {"q": (unpack(words, 8, length).to(torch.int16) - 128).to(torch.int8), "scale": scale}
+    return {"words": words, "scale": scale}
+
+
+COMPRESSED_NAMES = ("weight", "weight_packed", "weight_scale", "weight_shape")

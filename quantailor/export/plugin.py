@@ -1,0 +1,180 @@
+"""transformers' plug-in point: folders in our own layout load through `AutoModel...from_pretrained`.
+
+    import quantailor.hf            # registers; then as usual
+    AutoModelForCausalLM.from_pretrained(folder)
+
+Without that import such a folder must not load at all: an unknown `quant_method` alone would give random weights and
+a warning. So its config.json has `model_type: quantailor`, which only this registration knows, and its weights are
+called quantailor.safetensors, which nothing else looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantailor.errors import UntrustedInput
+from quantailor.models.prepare import State
+from quantailor.models.structure import replace
+from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantEmbedding, QuantLinear
+from quantailor.spec import Scheme, from_json
+
+WEIGHTS_NAME = "quantailor.safetensors"
+FORMAT_VERSION = 1
+
+
+class QuantailorConfig(QuantizationConfigMixin):
+    """`quantization_config` of our own layout: a scheme a layer, by exact name.
+
+    `schemes`: JSON of each scheme; `layers`: name -> {"scheme": index, "kind", "shape" [O, N], "bias", "conv", "tied_to"}.
+    """
+
+    def __init__(
+        self,
+        version: int = FORMAT_VERSION,
+        schemes: list[Any] | None = None,
+        layers: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = "quantailor"  # type: ignore[assignment]
+        self.version, self.schemes, self.layers = version, schemes or [], layers or {}
+        if version > FORMAT_VERSION:
+            raise UntrustedInput(
+                f"the folder is in format version {version}; this quantailor reads up to {FORMAT_VERSION}: upgrade it"
+            )
+
+
+class QuantailorQuantizer(HfQuantizer):
+    """Puts packed modules, still without weights, where the config names them."""
+
+    requires_calibration = True
+    quantization_config: QuantailorConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        install_packed(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name, layer in self.quantization_config.layers.items():
+            if layer.get("tied_to"):
+                model.get_submodule(name).packed = model.get_submodule(layer["tied_to"]).packed
+        return model
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        tied = tuple(f"{n}.packed." for n, layer in self.quantization_config.layers.items() if layer.get("tied_to"))
+        return [key for key in missing_keys if not key.startswith(tied)] if tied else missing_keys
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def install_packed(model: nn.Module, config: QuantailorConfig, device: str = "meta") -> None:
+    """Replace the named modules by packed ones with empty buffers.
+
+    Raises: UntrustedInput where a name is not in the model or its shape contradicts it.
+    """
+    schemes = [from_json(scheme) for scheme in config.schemes]
+    for name, layer in config.layers.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError as error:
+            raise UntrustedInput(
+                f"the config quantizes {name}, which this model does not have; the folder is damaged"
+            ) from error
+        scheme = schemes[layer["scheme"]]
+        assert isinstance(scheme, Scheme) and scheme.weight is not None
+        rows, length = layer["shape"]
+        tied_to = layer.get("tied_to")
+        shared = getattr(model.get_submodule(tied_to), "packed", None) if tied_to else None
+        weight = shared if isinstance(shared, PackedWeight) else PackedWeight(scheme.weight, rows, length, device)
+        bias = torch.zeros(rows, device=device) if layer["bias"] else None
+        new: nn.Module
+        if layer["kind"] == "Embedding":
+            new = QuantEmbedding(scheme, weight, None)
+        elif layer["kind"] == "Conv2d":
+            settings = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["conv"].items()}
+            new = QuantConv2d(scheme, weight, bias, settings)
+        else:
+            new = QuantLinear(scheme, weight, bias)
+        replace(model, name, new.train(old.training))
+
+
+class _Wrapper(PreTrainedConfig):
+    """Stands in config.json for the config of the architecture inside; reading it gives that one."""
+
+    model_type = "quantailor"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        inner = unwrapped(config_dict)
+        return CONFIG_MAPPING[inner["model_type"]].from_dict(inner, **kwargs)
+
+
+def wrapped(config: dict[str, Any], quantization: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds for our own layout, from the architecture's own config."""
+    return {
+        "model_type": "quantailor",
+        "requires": "pip install quantailor, then: import quantailor.hf",
+        "architectures": config.get("architectures"),
+        "quantailor_config": config,
+        "quantization_config": quantization,
+    }
+
+
+def unwrapped(config: dict[str, Any]) -> dict[str, Any]:
+    """The architecture's config with the quantization config and the name of the weights file put in."""
+    inner = config.get("quantailor_config")
+    if not isinstance(inner, dict) or inner.get("model_type") not in CONFIG_MAPPING:
+        raise UntrustedInput(
+            "config.json says model_type quantailor but holds no known quantailor_config; the folder is damaged"
+        )
+    weights = config.get("weights_file", WEIGHTS_NAME)
+    return {**inner, "quantization_config": config["quantization_config"], "transformers_weights": weights}
+
+
+def register() -> None:
+    """Make transformers know our layout; a second call does nothing."""
+    if "quantailor" in CONFIG_MAPPING:
+        return
+    as_config: Callable[[type], type] = register_quantization_config("quantailor")  # type: ignore[no-untyped-call]
+    as_quantizer: Callable[[type], type] = register_quantizer("quantailor")  # type: ignore[no-untyped-call]
+    as_config(QuantailorConfig)
+    as_quantizer(QuantailorQuantizer)
+    AutoConfig.register("quantailor", _Wrapper)
+
+
+def own_config(
+    state: State, shapes: dict[str, tuple[int, int]], bias: set[str], conv: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The `quantization_config` of our own layout for what `state` quantized. `shapes`: name -> (O, N)."""
+    from_scheme: dict[Scheme, int] = {}
+    layers = {}
+    for entry in state.inventory:
+        if entry.scheme is None:
+            continue
+        layers[entry.name] = {
+            "scheme": from_scheme.setdefault(entry.scheme, len(from_scheme)),
+            "kind": entry.kind,
+            "shape": list(shapes[entry.name]),
+            "bias": entry.name in bias,
+        }
+        if entry.name in conv:
+            layers[entry.name]["conv"] = {
+                k: list(v) if isinstance(v, tuple) else v for k, v in conv[entry.name].items()
+            }
+        if entry.tied_to is not None:
+            layers[entry.name]["tied_to"] = entry.tied_to
+    from quantailor.spec import to_json
+
+    schemes = [to_json(scheme) for scheme in from_scheme]
+    return {"quant_method": "quantailor", "version": FORMAT_VERSION, "schemes": schemes, "layers": layers}

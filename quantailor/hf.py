@@ -1,0 +1,8 @@
+"""`import quantailor.hf` teaches transformers to load quantailor's own layout through `AutoModel...from_pretrained`.
+
+Folders in compressed-tensors layout need no such import.
+"""
+
+from quantailor.export.plugin import register
+
+register()

@@ -1,0 +1,138 @@
+"""A float model becomes a fake-quantized one by a recipe, and that one becomes packed integers. Both in place.
+
+Weights that were tied stay tied: two layers that share a parameter share its quantizer, and later its integers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from quantailor.models.structure import modules_of, replace
+from quantailor.nn.activation_quantizer import ActivationQuantizer
+from quantailor.nn.fake_quant import FakeQuant, fake_quantized
+from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantEmbedding, QuantLinear, packed
+from quantailor.nn.weight_quantizer import WeightQuantizer
+from quantailor.observers.weights import weight_scale
+from quantailor.recipe import Inventory, Recipe
+from quantailor.spec import Scheme
+
+FAKE_QUANT = get_args(FakeQuant)
+PACKED = (QuantLinear, QuantEmbedding, QuantConv2d)
+
+
+@dataclass
+class State:
+    """What was done to a model: carried by the model as `quantailor_state`, saved with it as its receipt."""
+
+    scheme: Scheme
+    inventory: Inventory
+    method: str = "none"
+    notes: list[str] = field(default_factory=list)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # per layer: what its solver reported
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state `prepare` or a loader attached; None for a float model."""
+    state = getattr(model, "quantailor_state", None)
+    return state if isinstance(state, State) else None
+
+
+def prepare(model: nn.Module, recipe: Recipe) -> State:
+    """Replace every module that the recipe quantizes by its fake-quantized twin, with min-max scales.
+
+    Raises: UsageError as `Recipe.assign` does.
+    """
+    inventory = recipe.assign(model)
+    quantizers: dict[int, WeightQuantizer] = {}
+    for name, scheme in inventory.quantized.items():
+        twin = fake_quantized(model.get_submodule(name), scheme)
+        if twin.weight_quantizer is not None:
+            shared = quantizers.setdefault(id(twin.weight), twin.weight_quantizer)
+            if shared is twin.weight_quantizer:
+                # Good enough to compute with; calibration searches better ones.
+                shared.set_scale(*weight_scale(twin.weight_ON, dataclasses.replace(shared.spec, range="minmax")))
+            twin.weight_quantizer = shared
+        replace(model, name, twin)
+    state = State(recipe.scheme, inventory)
+    if ragged := [
+        name for name, scheme in inventory.quantized.items() if _is_ragged(model.get_submodule(name), scheme)
+    ]:
+        state.notes.append(
+            f"{len(ragged)} layers have a shorter last group (input size no multiple of the group): {_some(ragged)}"
+        )
+    model.quantailor_state = state
+    return state
+
+
+def _is_ragged(module: nn.Module, scheme: Scheme) -> bool:
+    size = scheme.weight.group_size if scheme.weight else None
+    return size is not None and bool(module.weight_ON.shape[1] % size)  # type: ignore[union-attr,index]
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def pack_model(model: nn.Module) -> nn.Module:
+    """Replace every fake-quantized layer by its packed twin. Returns the model, now without those float weights."""
+    done: dict[int, PackedWeight] = {}
+    for name, module in list(modules_of(model, FAKE_QUANT)):
+        twin = packed(module, done.get(id(module.weight_quantizer)))  # type: ignore[arg-type]
+        done[id(module.weight_quantizer)] = twin.packed
+        replace(model, name, twin)
+    return model
+
+
+def unpack_model(model: nn.Module) -> nn.Module:
+    """Replace every packed layer by the fake-quantized one with the same integers: to check it, or to train on."""
+    weights: dict[int, tuple[nn.Parameter, WeightQuantizer]] = {}
+    for name, module in list(modules_of(model, PACKED)):
+        replace(model, name, unpacked(module, weights))  # type: ignore[arg-type]
+    return model
+
+
+@torch.no_grad()
+def unpacked(
+    module: QuantLinear | QuantEmbedding | QuantConv2d, weights: dict[int, tuple[nn.Parameter, WeightQuantizer]]
+) -> FakeQuant:
+    """The fake-quantized twin of a packed layer; `weights` remembers what tied layers share."""
+    store = module.packed
+    dense = store.dequantize()
+    source: nn.Module
+    if isinstance(module, QuantEmbedding):
+        source = nn.Embedding(store.out_features, store.in_features, device="meta")
+    elif isinstance(module, QuantLinear):
+        source = nn.Linear(store.in_features, store.out_features, bias=module.bias is not None, device="meta")
+    else:
+        shape = module.settings["shape"]
+        names = ("stride", "padding", "dilation", "groups")
+        out, per_group, *kernel = shape  # type: ignore[misc]
+        options = {n: module.settings[n] for n in names}
+        channels = per_group * module.settings["groups"]  # type: ignore[operator]
+        source = nn.Conv2d(channels, out, tuple(kernel), bias=module.bias is not None, device="meta", **options)  # type: ignore[arg-type]
+        dense = dense.reshape(shape)  # type: ignore[arg-type]
+    parameter, quantizer = weights.get(id(store), (nn.Parameter(dense), None))
+    source.weight = parameter
+    if module.bias is not None:
+        source.bias = nn.Parameter(module.bias.clone())
+    twin = fake_quantized(source.train(module.training), module.scheme)
+    assert twin.weight_quantizer is not None
+    if quantizer is None:
+        zero_point = store.zero_points()
+        if store.is_double:
+            twin.weight_quantizer.set_double(store.scale_codes, store.scale_second, store.scale_mean)  # type: ignore[arg-type]
+        twin.weight_quantizer.base_scale.copy_(store.scales().unsqueeze(-1))
+        if isinstance(zero_point, torch.Tensor):
+            twin.weight_quantizer.zero_point.copy_(zero_point.unsqueeze(-1))
+        weights[id(store)] = (parameter, twin.weight_quantizer)
+    else:
+        twin.weight_quantizer = quantizer
+    for name, activations in (("input_scale", twin.input_quantizer), ("output_scale", twin.output_quantizer)):
+        if isinstance(activations, ActivationQuantizer) and not activations.spec.dynamic:
+            activations.set_scale(getattr(module, name))
+    return twin

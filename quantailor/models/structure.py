@@ -1,0 +1,37 @@
+"""What a Transformer looks like: its blocks in the order they run, and which of its layers share an input.
+
+Works from the module tree, so any model with lists of alike blocks is covered; nothing here knows an architecture by
+name. A model without such lists is one block: itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from quantailor.recipe import block_prefixes
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of each repeated block, in the order of the tree; [("", model)] where there is none."""
+    modules = dict(model.named_modules())
+    found = [
+        (prefix + name, child)
+        for prefix in block_prefixes(model)
+        for name, child in modules[prefix.removesuffix(".")].named_children()
+    ]
+    return found or [("", model)]
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the module called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def modules_of(model: nn.Module, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of all modules of these types; a module that hangs in two places comes once, as torch lists it."""
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield name, module

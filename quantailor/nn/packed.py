@@ -1,0 +1,241 @@
+"""Modules that hold integers only: what is saved and served. No float copy of a weight exists between calls.
+
+`PackedWeight` holds one weight's integers, scales and zero points in their stored layout; the layers around it run
+the integer product where their input is quantized too, and otherwise dequantize for the call. Axes: O out, N in,
+G groups a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantailor.kernels.ops import IntegerWeight, has_integer_product, int_linear
+from quantailor.nn.activation_quantizer import quantize_activation
+from quantailor.nn.fake_quant import FakeQuant, FakeQuantConv2d, FakeQuantEmbedding, FakeQuantLinear
+from quantailor.nn.weight_quantizer import WeightQuantizer
+from quantailor.numerics import grids, nf4
+from quantailor.numerics.grouping import from_groups, num_groups, to_groups
+from quantailor.numerics.packing import pack, unpack, words_per_row
+from quantailor.spec import NF4, Int, PerTensor, QuantSpec, Scheme
+
+
+class PackedWeight(nn.Module):
+    """One weight as integers.
+
+    Buffers: `q` int8 [O, N] at 8 symmetric bits, else `words` int32 [O, ceil(N * bits / 32)] (numerics/packing.py);
+    `scale` float32 [O, G] ([1, 1] per tensor), or with double quantization `scale_codes` uint8 [O, G],
+    `scale_second` [ceil(O * G / 256)] and `scale_mean` [1]; `zero_point` uint8 [O, G] on asymmetric grids.
+    """
+
+    def __init__(
+        self, spec: QuantSpec, out_features: int, in_features: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.spec, self.out_features, self.in_features = spec, out_features, in_features
+        groups = num_groups(in_features, spec.group_size)
+        rows = 1 if isinstance(spec.granularity, PerTensor) else out_features
+        if self.is_int8:
+            self._empty("q", (out_features, in_features), torch.int8, device)
+        else:
+            self._empty("words", (out_features, words_per_row(in_features, spec.grid.bits)), torch.int32, device)
+        if self.is_double:
+            self._empty("scale_codes", (rows, groups), torch.uint8, device)
+            self._empty("scale_second", (-(-rows * groups // nf4.SECOND_BLOCK),), torch.float32, device)
+            self._empty("scale_mean", (1,), torch.float32, device)
+        else:
+            self._empty("scale", (rows, groups), torch.float32, device)
+        if self.is_asymmetric:
+            self._empty("zero_point", (rows, groups), torch.uint8, device)
+
+    def _empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def is_int8(self) -> bool:
+        return isinstance(self.spec.grid, Int) and self.spec.grid.bits == 8 and self.spec.grid.symmetric
+
+    @property
+    def is_double(self) -> bool:
+        return isinstance(self.spec.grid, NF4) and self.spec.grid.double_quant
+
+    @property
+    def is_asymmetric(self) -> bool:
+        return isinstance(self.spec.grid, Int) and not self.spec.grid.symmetric
+
+    @torch.no_grad()
+    def store(self, q_ON: Tensor, quantizer: WeightQuantizer) -> None:
+        """Take over integers and their grid. The float weight is not needed."""
+        scale_OG1, zero_point_OG1 = quantizer.scale, quantizer.zero_point
+        buffers = dict(self.named_buffers())
+        if self.is_int8:
+            buffers["q"].copy_(q_ON)
+        else:
+            buffers["words"].copy_(pack(q_ON.to(torch.int16) - grids.lowest(self.spec.grid), self.spec.grid.bits))
+        if quantizer.double is not None:
+            for name, value in zip(("scale_codes", "scale_second", "scale_mean"), quantizer.double):
+                buffers[name].copy_(value)
+        else:
+            buffers["scale"].copy_(scale_OG1.squeeze(-1))
+        if self.is_asymmetric:
+            buffers["zero_point"].copy_(zero_point_OG1.squeeze(-1))
+
+    def integers(self, rows: Tensor | None = None) -> Tensor:
+        """int8 [O, N] (uint8 for 8 asymmetric bits), or those of some rows [n] only."""
+        if self.is_int8:
+            q: Tensor = self.q  # type: ignore[assignment]
+            return q if rows is None else q[rows]
+        words: Tensor = self.words  # type: ignore[assignment]
+        u = unpack(words if rows is None else words[rows], self.spec.grid.bits, self.in_features)
+        lowest = grids.lowest(self.spec.grid)
+        return u if lowest == 0 and self.spec.grid.bits == 8 else (u.to(torch.int16) + lowest).to(torch.int8)
+
+    def scales(self) -> Tensor:
+        """float32 [O, G] or [1, 1]."""
+        if self.is_double:
+            return nf4.double_dequantize(self.scale_codes, self.scale_second, self.scale_mean)  # type: ignore[arg-type]
+        return self.scale  # type: ignore[return-value]
+
+    def zero_points(self) -> Tensor | int:
+        return self.zero_point.to(torch.int32) if self.is_asymmetric else 0  # type: ignore[union-attr,operator]
+
+    def dequantize(self, rows: Tensor | None = None) -> Tensor:
+        """float32 [O, N], or [n, N] for some rows: made for this call, not kept."""
+        scale, zero_point = self.scales(), self.zero_points()
+        if rows is not None and scale.shape[0] != 1:
+            scale = scale[rows]
+            zero_point = zero_point[rows] if isinstance(zero_point, Tensor) else zero_point
+        if isinstance(zero_point, Tensor):
+            zero_point = zero_point.unsqueeze(-1)
+        q = to_groups(self.integers(rows), self.spec.group_size)
+        return from_groups(grids.decode(q, scale.unsqueeze(-1), zero_point, self.spec.grid), self.in_features)
+
+    def shift(self) -> Tensor | None:
+        """offset - zero_point, [O, G]; None where both are zero. Not for NF4, whose levels are no integers."""
+        if self.is_asymmetric:
+            return -self.zero_point.float()  # type: ignore[operator]
+        offset = grids.limits(self.spec.grid)[2]
+        return torch.full_like(self.scales(), offset) if offset else None
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features} x {self.in_features}, {self.spec.grid}"
+
+
+class _Quant(nn.Module):
+    """What the packed layers share."""
+
+    def __init__(self, scheme: Scheme, packed: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.scheme, self.packed = scheme, packed
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+        for name, spec in (("input_scale", scheme.input), ("output_scale", scheme.output)):
+            if spec is not None and not spec.dynamic:
+                self.register_buffer(name, torch.ones(1, device=packed.scales().device))
+
+    def _quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.scheme.input is not None
+        return quantize_activation(x, self.scheme.input, getattr(self, "input_scale", None))
+
+    def _out(self, y: Tensor) -> Tensor:
+        if self.scheme.output is None:
+            return y
+        q, scale = quantize_activation(y, self.scheme.output, getattr(self, "output_scale", None))
+        return (q * scale).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.scheme)
+
+
+class QuantLinear(_Quant):
+    """y = x @ dequantize(q)^T + bias, as an integer product where x is quantized.   x [..., N] -> y [..., O]"""
+
+    @property
+    def in_features(self) -> int:
+        return self.packed.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, made anew: for code that looks at `.weight.dtype` or `.weight.device`."""
+        return self.packed.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.scheme.input is None:
+            return self._out(F.linear(x, self.packed.dequantize().to(x.dtype), bias))
+        x_q, x_scale = self._quantize_input(x)
+        if not has_integer_product(self.packed.spec.grid):
+            return self._out(F.linear((x_q * x_scale).to(x.dtype), self.packed.dequantize().to(x.dtype), bias))
+        grid = IntegerWeight(
+            self.packed.integers(), self.packed.scales(), self.packed.shift(), self.packed.spec.group_size
+        )
+        return self._out(int_linear(x_q, x_scale, grid, self.bias).to(x.dtype))
+
+
+class QuantEmbedding(_Quant):
+    """Rows dequantized as they are looked up.   index [*] -> [*, N]"""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed.dequantize()
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.packed.dequantize(index.flatten()).unflatten(0, index.shape)
+
+
+class QuantConv2d(_Quant):
+    """A convolution whose weight is stored as integers; it runs on the dequantized grid values."""
+
+    def __init__(self, scheme: Scheme, packed: PackedWeight, bias: Tensor | None, settings: dict[str, object]) -> None:
+        super().__init__(scheme, packed, bias)
+        self.settings = settings  # stride, padding, dilation, groups, and the weight's shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scheme.input is not None:
+            q, scale = self._quantize_input(x.flatten(-3))
+            x = (q * scale).to(x.dtype).view_as(x)
+        s = self.settings
+        weight = self.packed.dequantize().to(x.dtype).reshape(s["shape"])  # type: ignore[arg-type]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.conv2d(x, weight, bias, s["stride"], s["padding"], s["dilation"], s["groups"])  # type: ignore[arg-type,call-overload]
+        return self._out(y)
+
+
+@torch.no_grad()
+def packed(source: FakeQuant, weight: PackedWeight | None = None) -> QuantLinear | QuantEmbedding | QuantConv2d:
+    """The packed twin of a fake-quantized layer. `weight`: one already packed, where the weight is tied."""
+    quantizer = source.weight_quantizer
+    assert quantizer is not None
+    if weight is None:
+        weight = PackedWeight(quantizer.spec, *source.weight_ON.shape, device=source.weight.device)
+        weight.store(quantizer.integers(source.weight_ON), quantizer)
+    bias = None if source.bias is None else source.bias.detach().clone()
+    result: QuantLinear | QuantEmbedding | QuantConv2d
+    if isinstance(source, FakeQuantLinear):
+        result = QuantLinear(source.scheme, weight, bias)
+    elif isinstance(source, FakeQuantEmbedding):
+        result = QuantEmbedding(source.scheme, weight, None)
+    else:
+        result = QuantConv2d(source.scheme, weight, bias, conv_settings(source))
+    for name, activations in (("input_scale", source.input_quantizer), ("output_scale", source.output_quantizer)):
+        if activations is not None and not activations.spec.dynamic:
+            getattr(result, name).copy_(activations.scale)
+    return result.train(source.training)
+
+
+def conv_settings(source: nn.Conv2d | FakeQuantConv2d) -> dict[str, object]:
+    """What `F.conv2d` needs besides the tensors. Raises: ValueError for padding that is not zeros."""
+    if source.padding_mode != "zeros":
+        raise ValueError(f"padding_mode={source.padding_mode!r}: only zeros can be packed; keep this layer by a rule")
+    return {
+        "stride": source.stride,
+        "padding": source.padding,
+        "dilation": source.dilation,
+        "groups": source.groups,
+        "shape": tuple(source.weight.shape),
+    }

@@ -1,0 +1,149 @@
+"""The grid of one weight: its scales and zero points, learned or fixed, and the two maps onto it.
+
+One object serves simulated, trained and packed execution: `forward` gives the fake-quantized weight, `integers` the
+same grid's integers. Two modules that share a weight share this object as well.
+Axes: O out, N in, G groups a row, g group size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quantailor.kernels.ops import IntegerWeight
+from quantailor.numerics import grids, nf4
+from quantailor.numerics.affine import checked_scale
+from quantailor.numerics.grouping import from_groups, num_groups, to_groups
+from quantailor.numerics.lsq import gradient_scale
+from quantailor.spec import NF4, Int, PerTensor, QuantSpec
+
+
+class WeightQuantizer(nn.Module):
+    """Fake-quantizes a weight [O, N].
+
+    scale = base_scale * exp(log_scale): positive by construction, relative to where calibration put it, and exactly
+    `base_scale` until training moves it. Parameter `log_scale`, buffers `base_scale`, `zero_point`: [O, G, 1]
+    ([1, 1, 1] per tensor). They start at 1 and 0: `set_scale` comes before the first use.
+    """
+
+    def __init__(
+        self, spec: QuantSpec, out_features: int, in_features: int, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features = in_features
+        rows = 1 if isinstance(spec.granularity, PerTensor) else out_features
+        shape = (rows, num_groups(in_features, spec.group_size), 1)
+        self.log_scale = nn.Parameter(torch.zeros(shape, device=device))
+        self.base_scale: Tensor
+        self.zero_point: Tensor
+        self.register_buffer("base_scale", torch.ones(shape, device=device))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32, device=device))
+        if isinstance(spec.grid, NF4):
+            self.log_scale.requires_grad_(False)  # NF4's scale is the block's largest element, not a step to learn
+            if spec.grid.double_quant:  # what is stored of `base_scale`; kept, since rounding it twice would move it
+                self.register_buffer("scale_codes", torch.zeros(shape[:2], dtype=torch.uint8, device=device))
+                blocks = -(-shape[0] * shape[1] // nf4.SECOND_BLOCK)
+                self.register_buffer("scale_second", torch.ones(blocks, device=device))
+                self.register_buffer("scale_mean", torch.zeros(1, device=device))
+        self.enabled = True
+        per_scale = in_features if spec.group_size is None else min(spec.group_size, in_features)
+        per_scale *= out_features if isinstance(spec.granularity, PerTensor) else 1
+        self.g = gradient_scale(per_scale, grids.limits(spec.grid)[1])
+
+    @property
+    def is_asymmetric(self) -> bool:
+        return isinstance(self.spec.grid, Int) and not self.spec.grid.symmetric
+
+    @property
+    def scale(self) -> Tensor:
+        """[O, G, 1], positive."""
+        return self.base_scale * self.log_scale.exp()
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Put the grid here. With double quantization the scales are rounded to what their 8 bits can hold.
+
+        Raises: ValueError unless every scale is finite and positive and shapes are those of the buffers.
+        """
+        if scale.shape != self.base_scale.shape:
+            raise ValueError(f"scale has shape {list(scale.shape)}; this weight needs {list(self.base_scale.shape)}")
+        if isinstance(self.spec.grid, NF4) and self.spec.grid.double_quant:
+            self.set_double(*nf4.double_quantize(scale.squeeze(-1)))
+            return
+        self.base_scale.copy_(checked_scale(scale))
+        self.zero_point.copy_(zero_point)
+        self.log_scale.zero_()
+
+    @torch.no_grad()
+    def set_double(self, codes: Tensor, second: Tensor, mean: Tensor) -> None:
+        """Put the grid where doubly quantized scales say (numerics/nf4.py)."""
+        buffers = dict(self.named_buffers())
+        for name, value in (("scale_codes", codes), ("scale_second", second), ("scale_mean", mean)):
+            buffers[name].copy_(value)
+        self.base_scale.copy_(checked_scale(nf4.double_dequantize(codes, second, mean).unsqueeze(-1)))
+
+    @property
+    def double(self) -> tuple[Tensor, ...] | None:
+        """(codes, second, mean) where scales are quantized twice."""
+        buffers = dict(self.named_buffers())
+        names = ("scale_codes", "scale_second", "scale_mean")
+        return tuple(buffers[n] for n in names) if "scale_codes" in buffers else None
+
+    def forward(self, weight_ON: Tensor) -> Tensor:
+        """[O, N] -> fake-quantized [O, N], the same dtype; float where switched off."""
+        if not self.enabled:
+            return weight_ON
+        w = to_groups(weight_ON.float(), self.spec.group_size)
+        w_hat = grids.fake_quantize(w, self.scale, self.zero_point, self.spec.grid, self.g)
+        return from_groups(w_hat, self.in_features).to(weight_ON.dtype)
+
+    def rows(self, weight_ON: Tensor, index: Tensor) -> Tensor:
+        """Fake-quantized rows only: `index` [*] -> [*, N]. An embedding touches few of its rows at a step."""
+        if not self.enabled:
+            return weight_ON[index]
+        flat = index.flatten()
+        scale, zero_point = (t if t.shape[0] == 1 else t[flat] for t in (self.scale, self.zero_point))
+        w = to_groups(weight_ON[flat].float(), self.spec.group_size)
+        w_hat = grids.fake_quantize(w, scale, zero_point, self.spec.grid, self.g)
+        return from_groups(w_hat, self.in_features).to(weight_ON.dtype).unflatten(0, index.shape)
+
+    @torch.no_grad()
+    def integers(self, weight_ON: Tensor) -> Tensor:
+        """The grid's integers, int8 [O, N] (uint8 for 8 asymmetric bits)."""
+        w = to_groups(weight_ON.float(), self.spec.group_size)
+        return from_groups(grids.encode(w, self.scale, self.zero_point, self.spec.grid), self.in_features)
+
+    @torch.no_grad()
+    def dequantize(self, q_ON: Tensor) -> Tensor:
+        """Integers [O, N] -> float32 [O, N]."""
+        q = to_groups(q_ON, self.spec.group_size)
+        return from_groups(grids.decode(q, self.scale, self.zero_point, self.spec.grid), self.in_features)
+
+    @torch.no_grad()
+    def shadow(self, weight_ON: Tensor, q_ON: Tensor) -> Tensor:
+        """The float weight nearest to `weight_ON` whose integers are `q_ON`: where QAT starts after a PTQ solver.
+
+        Keeping the original value inside the solver's cell keeps what rounding threw away; a weight set onto its grid
+        point would start every element at the same distance from both neighbours, and the outer ones on the clip edge,
+        where LSQ's gradient is 0.
+        """
+        if isinstance(self.spec.grid, NF4):
+            return self.dequantize(q_ON)
+        qmin, qmax, offset = grids.limits(self.spec.grid)
+        q = to_groups(q_ON, self.spec.group_size).float()
+        shift = self.zero_point - offset
+        v = to_groups(weight_ON.float(), self.spec.group_size) / self.scale + shift
+        low = torch.where(q == qmin, q + 0.02, q - 0.48)
+        high = torch.where(q == qmax, q - 0.02, q + 0.48)
+        v = torch.minimum(torch.maximum(v, low), high)
+        return from_groups((v - shift) * self.scale, self.in_features)
+
+    @torch.no_grad()
+    def integer_weight(self, weight_ON: Tensor) -> IntegerWeight:
+        """The weight as the integer product takes it: what `PackedWeight` will hold."""
+        offset = grids.limits(self.spec.grid)[2]
+        shift = (offset - self.zero_point.float()).squeeze(-1)
+        no_shift = not offset and not self.is_asymmetric
+        scale = self.scale.squeeze(-1)
+        return IntegerWeight(self.integers(weight_ON), scale, None if no_shift else shift, self.spec.group_size)

@@ -1,0 +1,119 @@
+"""Uniform affine quantization: the maps that every other file builds on.
+
+    q     = clamp(round(x * (1 / scale)) + zero_point, qmin, qmax)      integers
+    x_hat = (q - zero_point) * scale                                    reals
+
+Rounding is half-to-even. The product with the reciprocal, not a division, is what torch's own fake-quantize and the
+common integer kernels compute; the two differ by one step in about 1 of 10^5 values, so all of this package uses one.
+The only exception is `quantize_dynamic`, which divides, as compressed-tensors does at each call.
+Pure functions: no module, no state, no I/O.
+Source: Nagel et al. 2021, arXiv:2106.08295, Eq. 4-7 (there on an unsigned grid).
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+def checked_scale(scale: Tensor) -> Tensor:
+    """`scale`, unchanged. Called once where a scale is made, never in a loop: on a GPU the look costs a sync.
+
+    Raises: ValueError unless every element is finite and positive.
+    """
+    if not (torch.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"scale must be finite and positive; its minimum is {scale.min():.3g}")
+    return scale
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
+    """Map reals to the integer grid (Eq. 4).
+
+    Shapes: `x` [*]; `scale` (units of `x`), `zero_point` broadcastable to [*]. Returns int8 [*], uint8 if qmax > 127.
+    Error:  |x - dequantize(q)| <= scale / 2 where nothing is clipped.
+
+    >>> quantize(torch.tensor([0.0, 0.26, 9.0]), torch.tensor(0.5), 0, -8, 7)
+    tensor([0, 1, 7], dtype=torch.int8)
+    """
+    q = (torch.round(x * scale.reciprocal()) + zero_point).clamp(qmin, qmax)
+    return q.to(torch.uint8 if qmax > 127 else torch.int8)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
+    """Map integers back to reals (Eq. 6). Shapes as in `quantize`; returns scale.dtype."""
+    return (q.to(scale.dtype) - zero_point) * scale
+
+
+class _ClippedSTE(torch.autograd.Function):
+    """Gradient 1 where the rounded value lies on the grid, 0 where it was clipped."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
+        unclipped = torch.round(x * scale.reciprocal()) + zero_point
+        q = unclipped.clamp(qmin, qmax)
+        ctx.save_for_backward(unclipped == q)
+        return (q - zero_point) * scale
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_outputs[0] * inside, None, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
+    """dequantize(quantize(x)) with the clipped straight-through gradient for `x`; none for `scale`.
+
+    Bit-identical, forward and backward, to `torch.fake_quantize_per_{tensor,channel}_affine`, and open to any
+    broadcastable scale shape. Shapes as in `quantize`.
+    """
+    return _ClippedSTE.apply(x, scale, zero_point, qmin, qmax)  # type: ignore[no-untyped-call]
+
+
+def scale_zero_point(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The scale and integer zero point that map [low, high] onto the grid; 0 is always representable.
+
+    Symmetric: scale = max(|low|, |high|) / ((qmax - qmin) / 2), so that the far end is at most half a step outside
+    (the convention of compressed-tensors). A range of width 0 gets scale 1, so that it quantizes to 0 exactly.
+    Shapes: `low`, `high` [*], any shape. Returns scale [*] in their dtype, zero_point int32 [*].
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / ((qmax - qmin) / 2)
+    else:
+        scale = (high - low) / (qmax - qmin)
+    # A denormal range has a reciprocal that overflows: it is a zero as far as a grid is concerned.
+    scale = torch.where(torch.isfinite(scale.reciprocal()), scale, torch.ones_like(scale))
+    if symmetric:
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax).to(torch.int32)
+
+
+def quantize_dynamic(x: Tensor, qmin: int, qmax: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric per-token quantization with a scale found from `x` itself.
+
+    Shapes: `x` [..., N]. Returns q int8 [..., N] and scale [..., 1] (float32, units of `x`). The scale is that of
+    `scale_zero_point`; the largest element may be clipped by half a step, never by more.
+    """
+    if group_size is not None:
+        raise ValueError(f"group_size={group_size}: dynamic activations are per token; use group_size=None")
+    largest = x.detach().abs().amax(-1, keepdim=True).float()
+    scale, _ = scale_zero_point(-largest, largest, qmin, qmax, symmetric=True)
+    return torch.round(x.float() / scale).clamp(qmin, qmax).to(torch.int8), scale
+
+
+class _DynamicSTE(torch.autograd.Function):
+    """The range follows the data, so the gradient is the identity: no mask, nothing kept for backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, qmin: int, qmax: int) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True).float()
+        scale, _ = scale_zero_point(-largest, largest, qmin, qmax, symmetric=True)
+        return ((x.float() / scale).round_().clamp_(qmin, qmax) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0], None, None
+
+
+def fake_quantize_dynamic(x: Tensor, qmin: int, qmax: int) -> Tensor:
+    """`quantize_dynamic` and back, in one, with an identity gradient. Shapes: `x` [..., N], returns the same."""
+    return _DynamicSTE.apply(x, qmin, qmax)  # type: ignore[no-untyped-call]

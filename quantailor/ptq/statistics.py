@@ -1,0 +1,78 @@
+"""What calibration keeps of a layer's input: X^T X, or only its diagonal, over the rows that count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantailor.errors import UntrustedInput
+
+
+@dataclass
+class Statistics:
+    """Sums over calibration rows. N = input features (for a convolution: inputs times kernel).
+
+    `hessian` float32 [N, N] = X^T X, None where only `diagonal` [N] was asked for.
+    """
+
+    diagonal: Tensor
+    hessian: Tensor | None
+    num_rows: int = 0
+    rejected: int = 0
+    batches: int = 0
+
+    @staticmethod
+    def empty(in_features: int, full: bool, device: torch.device) -> Statistics:
+        hessian = torch.zeros(in_features, in_features, device=device) if full else None
+        return Statistics(torch.zeros(in_features, device=device), hessian)
+
+    def add(self, x_TN: Tensor) -> None:
+        """Fold rows in. A batch with a value that is not finite is left out and counted."""
+        x = x_TN.detach().float()
+        self.batches += 1
+        if not bool(torch.isfinite(x).all()):
+            self.rejected += 1
+            return
+        self.num_rows += x.shape[0]
+        self.diagonal += x.square().sum(0)
+        if self.hessian is not None:
+            self.hessian.addmm_(x.t(), x)
+
+    def check(self, name: str) -> None:
+        """Raises: UntrustedInput if over 1 % of the batches were not finite."""
+        if self.rejected > 0.01 * self.batches:
+            raise UntrustedInput(
+                f"{name}: {self.rejected} of {self.batches} calibration batches held NaN or Inf inputs (limit 1 %); "
+                "check the model in float on this data"
+            )
+
+    @property
+    def importance(self) -> Tensor | None:
+        """Mean of x_j^2, [N]; None where no row was seen or every input was zero."""
+        if self.num_rows == 0 or not bool((self.diagonal > 0).any()):
+            return None
+        return self.diagonal / self.num_rows
+
+
+def rows_of(x: Tensor, module: nn.Module, mask: Tensor | None) -> Tensor:
+    """The input rows [T, N] that count: padding left out; for a convolution one row a position of the kernel."""
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:  # a grouped product has one X^T X a group: only their mean is kept
+            x = x.unflatten(1, (module.groups, -1)).flatten(0, 1)
+        columns = F.unfold(x, module.kernel_size, module.dilation, _padding(module), module.stride)  # type: ignore[arg-type]
+        return columns.transpose(1, 2).flatten(0, 1)
+    if mask is not None and mask.shape == x.shape[: mask.dim()]:
+        return x[mask.bool()]
+    rows = x.flatten(0, -2)
+    return rows[mask.flatten().bool()] if mask is not None and mask.numel() == rows.shape[0] else rows
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, ...]:
+    if module.padding == "valid":
+        return (0, 0)
+    if module.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size))
+    return tuple(module.padding)  # type: ignore[arg-type]

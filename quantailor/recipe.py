@@ -1,0 +1,271 @@
+"""Which module gets which scheme, and why each other one is kept: a default, ordered rules, a full inventory.
+
+A rule matches by name pattern, by type, by size, or by all that it names; the first that matches decides. Modules
+that no rule names fall to the defaults: what lies in the model's repeated blocks is quantized, embeddings, heads,
+norms and what stands outside the blocks are kept, each with its reason. Nothing is left out: a module that owns a
+parameter has its line in the inventory, fused expert tensors included.
+
+Works on anything that looks like an `nn.Module`; it reads names, types and shapes, never a weight's values.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantailor.errors import UsageError
+from quantailor.spec import PerGroup, Scheme
+
+QUANTIZABLE = ("Linear", "Conv1D", "Conv2d", "Embedding")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Leave the module in float, for this reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to do with the modules that match every condition given (`None` = no condition).
+
+    `pattern` is a shell-style pattern on the whole name (`model.layers.0.*`, `*.down_proj`); sizes count weights.
+    """
+
+    action: Scheme | Keep
+    pattern: str | None = None
+    module_type: str | None = None
+    more_than: int | None = None
+    fewer_than: int | None = None
+
+    def matches(self, name: str, kind: str, num_weights: int) -> bool:
+        return (
+            (self.pattern is None or fnmatch.fnmatchcase(name, self.pattern))
+            and (self.module_type is None or self.module_type == kind)
+            and (self.more_than is None or num_weights > self.more_than)
+            and (self.fewer_than is None or num_weights < self.fewer_than)
+        )
+
+    def __str__(self) -> str:
+        conditions = [
+            f"name {self.pattern!r}" if self.pattern is not None else "",
+            f"type {self.module_type}" if self.module_type is not None else "",
+            f"more than {self.more_than} weights" if self.more_than is not None else "",
+            f"fewer than {self.fewer_than} weights" if self.fewer_than is not None else "",
+        ]
+        return " and ".join(filter(None, conditions)) or "every module"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the inventory: `scheme` if the module is quantized, else None; `reason` says why either way."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    num_weights: int
+    scheme: Scheme | None
+    reason: str
+    tied_to: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        scheme = str(self.scheme) if self.scheme else None
+        return {
+            "name": self.name,
+            "type": self.kind,
+            "shape": list(self.shape),
+            "num_weights": self.num_weights,
+            "scheme": scheme,
+            "reason": self.reason,
+            "tied_to": self.tied_to,
+        }
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every module that owns a parameter, in the model's order, each quantized or kept with its reason."""
+
+    entries: tuple[Entry, ...]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    @property
+    def quantized(self) -> dict[str, Scheme]:
+        return {e.name: e.scheme for e in self.entries if e.scheme is not None}
+
+    @property
+    def coverage(self) -> float:
+        """The share of all weights that is quantized, 0 to 1; a tied weight counts once."""
+        own = [e for e in self.entries if e.tied_to is None]
+        return sum(e.num_weights for e in own if e.scheme is not None) / max(sum(e.num_weights for e in own), 1)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, str], list[Entry]] = {}
+        for entry in self.entries:
+            groups.setdefault((str(entry.scheme or "float"), entry.kind, entry.reason), []).append(entry)
+        lines = [
+            f"{len(es):>5} {kind:<18} -> {scheme:<16} {sum(e.num_weights for e in es):>12,} weights   {reason}"
+            for (scheme, kind, reason), es in groups.items()
+        ]
+        return "\n".join([*lines, f"      {self.coverage:.1%} of all weights quantized"])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A default scheme, rules that come before it, and the PTQ method that finds the integers."""
+
+    scheme: Scheme
+    rules: tuple[Rule, ...] = field(default=())
+    method: str = "gptq"
+
+    def assign(self, model: Any) -> Inventory:
+        """Every module of `model` with its scheme or the reason why it is kept.
+
+        Raises: UsageError where a rule matches nothing, a rule asks to quantize what cannot be, a group size does
+        not divide and may not be ragged, tied weights get two schemes, or nothing at all would be quantized.
+        """
+        modules = dict(model.named_modules())
+        blocks = block_prefixes(model)
+        head = _head_name(model, modules)
+        used: set[int] = set()
+        owner: dict[int, str] = {}  # the first module to hold a parameter: later ones are tied to it
+        entries = []
+        for name, module in modules.items():
+            own = list(module.named_parameters(recurse=False))
+            if not own:
+                continue
+            kind = type(module).__name__
+            num_weights = sum(p.numel() for _, p in own)
+            shape = tuple(max((p.shape for _, p in own), key=len))
+            hits = [i for i, rule in enumerate(self.rules) if rule.matches(name, kind, num_weights)]
+            used.update(hits)
+            scheme, reason = self._decide(name, module, kind, shape, blocks, head, hits)
+            if scheme is not None:
+                _check_ragged(name, scheme, kind, shape)
+            tied_to = owner.setdefault(id(own[0][1]), name)
+            entries.append(Entry(name, kind, shape, num_weights, scheme, reason, None if tied_to == name else tied_to))
+        if unused := [rule for i, rule in enumerate(self.rules) if i not in used]:
+            names = [e.name for e in entries if e.scheme is not None][:3]
+            raise UsageError(
+                f"a rule matches nothing: {unused[0]}; names look like {', '.join(names) or list(modules)[1:4]}"
+            )
+        entries = _agree_on_tied(modules, entries)
+        if not self.scheme.is_float and not any(e.scheme for e in entries):
+            raise UsageError(
+                f"scheme {self.scheme} would quantize nothing in this model; its modules are kept: {entries[0].reason}"
+            )
+        return Inventory(tuple(entries))
+
+    def _decide(
+        self,
+        name: str,
+        module: Any,
+        kind: str,
+        shape: tuple[int, ...],
+        blocks: tuple[str, ...],
+        head: str | None,
+        hits: list[int],
+    ) -> tuple[Scheme | None, str]:
+        if hits:
+            rule = self.rules[hits[0]]
+            if isinstance(rule.action, Keep):
+                return None, rule.action.reason
+            if kind not in QUANTIZABLE:
+                if rule.pattern == name:
+                    raise UsageError(f"{name} is a {kind}; only {', '.join(QUANTIZABLE)} can be quantized")
+            elif not rule.action.is_float:
+                return rule.action, f"rule: {rule}"
+        if kind not in QUANTIZABLE:
+            if len(shape) >= 3 and not kind.startswith("Conv"):
+                return (
+                    None,
+                    f"fused {len(shape)}-D tensor {list(shape)}, as experts are stored: not quantized by this version",
+                )
+            return None, "not a matrix product: kept in float"
+        if self.scheme.is_float:
+            return None, "scheme float"
+        if kind == "Embedding":
+            return None, "embedding: kept unless a rule names it"
+        if name == head:
+            return None, "output head: kept unless a rule names it"
+        if blocks and not name.startswith(blocks):
+            return None, "outside the repeated blocks: kept unless a rule names it"
+        if (
+            getattr(module, "groups", 1) != 1
+            and self.scheme.weight
+            and isinstance(self.scheme.weight.granularity, PerGroup)
+        ):
+            return None, "grouped convolution: too few inputs a channel for groups; kept unless a rule names it"
+        return self.scheme, "in a repeated block" if blocks else "default scheme"
+
+
+def block_prefixes(model: Any) -> tuple[str, ...]:
+    """Name prefixes (`model.layers.`) of the repeated blocks: the lists of two or more alike modules with Linears."""
+    found = []
+    for name, module in model.named_modules():
+        if type(module).__name__ not in ("ModuleList", "Sequential") or name.startswith(tuple(found)):
+            continue
+        children = list(module.children())
+        if len({type(c) for c in children}) == 1 and children and _is_block(children[0], single=len(children) == 1):
+            found.append(name + ".")
+    return tuple(found)
+
+
+def _is_block(module: Any, single: bool) -> bool:
+    """A block holds at least two matrix products of its own; a list of one is a block only if it says it is a layer."""
+    inner = [m for m in module.modules() if type(m).__name__ in QUANTIZABLE and m is not module]
+    return len(inner) >= 2 and (not single or type(module).__name__.endswith(("Layer", "Block")))
+
+
+def _head_name(model: Any, modules: dict[str, Any]) -> str | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if get else None
+    except (AttributeError, NotImplementedError):  # models without a head say so in either way
+        head = None
+    return next((name for name, module in modules.items() if module is head), None) if head is not None else None
+
+
+def in_features(kind: str, shape: tuple[int, ...]) -> int:
+    """The length of the axis that groups run along, from a weight's shape. Conv1D stores [N, O]; Conv2d [O, I, H, W]."""
+    if kind == "Conv1D":
+        return shape[0]
+    size = 1
+    for axis in shape[1:]:
+        size *= axis
+    return size
+
+
+def _check_ragged(name: str, scheme: Scheme, kind: str, shape: tuple[int, ...]) -> None:
+    granularity = scheme.weight.granularity if scheme.weight else None
+    if not isinstance(granularity, PerGroup) or granularity.ragged:
+        return
+    n = in_features(kind, shape)
+    if n % granularity.size:
+        fits = [g for g in (16, 32, 64, 96, 128, 4, 8) if n % g == 0][:3]
+        fits_text = ", ".join(map(str, fits)) or str(n)
+        raise UsageError(
+            f"{name}: group_size={granularity.size} does not divide in_features={n}; "
+            f"use {fits_text}, allow a ragged last group, or keep this layer by a rule"
+        )
+
+
+def _agree_on_tied(modules: dict[str, Any], entries: list[Entry]) -> list[Entry]:
+    """Two modules that share a weight must share its scheme; where only one is quantized, say which rule is missing."""
+    by_weight: dict[int, list[Entry]] = {}
+    for entry in entries:
+        weight = getattr(modules[entry.name], "weight", None)
+        if weight is not None:
+            by_weight.setdefault(id(weight), []).append(entry)
+    for shared in by_weight.values():
+        schemes = {e.scheme.weight if e.scheme else None for e in shared}
+        if len(schemes) > 1:
+            names = " and ".join(e.name for e in shared)
+            raise UsageError(
+                f"{names} share one weight but not one scheme; add a rule that gives both the same weight spec"
+            )
+    return entries

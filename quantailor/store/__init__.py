@@ -1,0 +1,1 @@
+"""Files: published whole, listed with their hashes, and not believed when they come from others."""
