@@ -1,7 +1,42 @@
 """quantailor fits Transformers to fewer bits, and proves what it did.
 
-import quantailor as qt
-model = qt.quantize("path/to/model", "w4a16-g32", method="gptq", data="calib.txt")
+    import quantailor as qt
+    model = qt.quantize("path/to/model", "w4a16-g32", data="calib.txt")
+    qt.save(model, "out")
+    print(qt.check("out"))
+
+Names are looked up on first use, so that importing this package costs nothing.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = [
+    "Goal",
+    "Keep",
+    "Model",
+    "Recipe",
+    "Rule",
+    "Scheme",
+    "Settings",
+    "check",
+    "evaluate",
+    "fit",
+    "generate",
+    "load",
+    "pack",
+    "quantize",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'quantailor' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    from importlib import import_module
+
+    api = import_module("quantailor.api")
+    if name == "Keep":
+        return import_module("quantailor.recipe").Keep
+    return getattr(api, name)

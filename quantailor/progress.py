@@ -19,5 +19,10 @@ class Progress:
         """A stretch of work of `total` steps; call what it yields with the steps just done."""
         yield lambda _steps: None
 
+    @contextmanager
+    def counted(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """The same for work that reports (done, in all) and knows its total only once it runs."""
+        yield lambda _done, _total: None
+
     def say(self, line: str) -> None:
         """One finished line for the person watching."""

@@ -24,7 +24,7 @@ from quantailor.errors import UntrustedInput
 from quantailor.models.prepare import State
 from quantailor.models.structure import replace
 from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantEmbedding, QuantLinear
-from quantailor.spec import Scheme, from_json
+from quantailor.spec import Scheme, from_json, to_json
 
 WEIGHTS_NAME = "quantailor.safetensors"
 FORMAT_VERSION = 1
@@ -174,7 +174,5 @@ def own_config(
             }
         if entry.tied_to is not None:
             layers[entry.name]["tied_to"] = entry.tied_to
-    from quantailor.spec import to_json
-
     schemes = [to_json(scheme) for scheme in from_scheme]
     return {"quant_method": "quantailor", "version": FORMAT_VERSION, "schemes": schemes, "layers": layers}

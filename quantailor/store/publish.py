@@ -63,6 +63,14 @@ def new_folder(out: Path, *, overwrite: bool = False, inputs: Sequence[Path] = (
             _swap(tmp, out)
 
 
+def check_out(out: Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a place that `new_folder` would refuse, before hours of work and not after. Raises: UsageError."""
+    out = _place(out)
+    _check_apart(out, inputs)
+    with _explained(out):
+        _check_free(out, overwrite)
+
+
 def recover(out: Path) -> None:
     """Put back, or clear away, what a killed writer of `out` left. For readers that find `out` missing.
 

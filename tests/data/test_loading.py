@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -137,8 +135,3 @@ def test_the_real_instructions(data_dir, stories260k):
     tokenizer = AutoTokenizer.from_pretrained(stories260k)
     examples = load_examples(data_dir / "tasks/alpaca/train.json", tokenizer, context=512, limit=300)
     assert len(examples) + sum(int(note.split()[0]) for note in examples.notes if "left out" in note) == 300
-
-
-def test_importing_is_lean():
-    code = "import sys, quantailor.data.loading; print([m for m in ('transformers', 'datasets') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -47,5 +47,6 @@ def test_a_reference_of_the_other_task_is_refused(tiny_lm, tiny_bert):
 
 
 def test_importing_is_lean():
-    code = "import sys, quantailor.evaluate.run; print([m for m in ('transformers', 'datasets') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    imports = "import sys, quantailor.data.loading, quantailor.evaluate.run"
+    code = f"{imports}; print({{'transformers', 'datasets'}} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,559 @@
+"""The verbs. `import quantailor as qt` offers them; the shell's commands call them.
+
+model = qt.quantize("path/to/model", "w4a16-g32", data="calib.txt")
+model = qt.train(model, data="train.txt", steps=200)
+qt.save(model, "out"); print(qt.check("out"))
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import quantailor
+from quantailor.cost.size import bits_per_weight, num_weights, weight_file_bytes
+from quantailor.data.examples import Examples
+from quantailor.data.loading import Data, load_examples, overlap, split
+from quantailor.errors import QualityGateFailed, UsageError
+from quantailor.evaluate.classification import ClassificationResult
+from quantailor.evaluate.lm import LMResult
+from quantailor.evaluate.parity import Parity, compare
+from quantailor.evaluate.run import evaluate as measure
+from quantailor.export import folder as folders
+from quantailor.models.loading import Task, load_float, load_tokenizer, task_of
+from quantailor.models.prepare import FAKE_QUANT, State, pack_model, prepare, state_of, unpack_model
+from quantailor.models.structure import modules_of
+from quantailor.progress import Progress
+from quantailor.ptq import METHODS
+from quantailor.ptq.driver import calibrate
+from quantailor.qat.settings import Settings
+from quantailor.qat.train import TrainReport
+from quantailor.qat.train import train as run_training
+from quantailor.recipe import Recipe, Rule
+from quantailor.report.markdown import fit_page
+from quantailor.search.ladder import Goal, Ladder
+from quantailor.spec import Scheme
+from quantailor.store.jsonio import write_json
+from quantailor.store.manifest import NAME as MANIFEST
+from quantailor.store.manifest import hash_folder, write_manifest
+from quantailor.store.publish import new_folder
+from quantailor.store.untrusted import scan_model_folder
+
+Result = LMResult | ClassificationResult
+
+
+@dataclass
+class Model:
+    """A model with its tokenizer and its task, on its way from float to packed.
+
+    `parent` names the folder it came from and its hash; `training` is the report of the last `train`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    parent: dict[str, str] = field(default_factory=dict)
+    training: TrainReport | None = None
+    notes: list[str] = field(default_factory=list)
+    probe: dict[str, Tensor] | None = None
+
+    @property
+    def state(self) -> State | None:
+        """What was quantized and how; None while the model is float."""
+        return state_of(self.model)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it holds integers only."""
+        return self.state is not None and not any(True for _ in modules_of(self.model, FAKE_QUANT))
+
+
+def load(path: str | Path, *, task: Task | None = None, num_labels: int | None = None, verify: bool = True) -> Model:
+    """A model folder, float or quantized by quantailor. `verify=False` skips the hashes of a huge quantized one.
+
+    Raises: UntrustedInput for a folder that cannot be trusted or is not whole; UsageError where the task does not fit.
+    """
+    path = Path(path)
+    if (path / folders.RECEIPT).exists() or not path.exists():
+        loaded = folders.read_folder(path, verify_hashes=verify) if not _is_missing(path) else None
+        if loaded is not None:
+            return Model(
+                loaded.model, loaded.tokenizer, loaded.task, {"folder": path.name}, notes=list(loaded.state.notes)
+            )
+    plain = load_float(path, task, num_labels)
+    return Model(
+        plain.model,
+        plain.tokenizer,
+        plain.task,
+        {"folder": path.name, "hash": hash_folder(path)},
+        notes=list(plain.notes),
+    )
+
+
+def _is_missing(path: Path) -> bool:
+    """Gone, and not only between the two renames of a writer that was killed."""
+    if path.exists():
+        return False
+    if path.parent.is_dir():
+        folders.recover(path)
+    return not path.exists()
+
+
+def as_model(model: str | Path | Model, *, task: Task | None = None, num_labels: int | None = None) -> Model:
+    """What every verb takes: a folder, or a model in memory."""
+    return model if isinstance(model, Model) else load(model, task=task, num_labels=num_labels)
+
+
+def examples_for(model: Model, data: Data | Examples, *, context: int = 256, limit: int | None = None) -> Examples:
+    """Data read for this model's tokenizer and task. `context` is cut to what the model can take."""
+    if isinstance(data, Examples):
+        return data
+    positions = getattr(model.model.config, "max_position_embeddings", None)
+    longest = min(context, positions) if isinstance(positions, int) else context
+    names = None
+    if model.task == "classification":
+        id2label = model.model.config.id2label
+        ordered = tuple(str(id2label[i]) for i in range(len(id2label)))
+        names = None if all(name.startswith("LABEL_") for name in ordered) else ordered
+    return load_examples(data, model.tokenizer, model.task, context=longest, limit=limit, label_names=names)
+
+
+def recipe_for(
+    scheme: str | Scheme, rules: Sequence[Rule] = (), *, method: str = "gptq", ragged: bool = True
+) -> Recipe:
+    """A recipe from what the commands take. Raises: UsageError for an unknown scheme or method."""
+    parsed = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
+    if method not in METHODS:
+        raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
+    return Recipe(parsed.with_ragged(ragged), tuple(rules), method)
+
+
+def quantize(
+    model: str | Path | Model,
+    scheme: str | Scheme,
+    *,
+    method: str = "gptq",
+    data: Data | Examples | None = None,
+    samples: int = 128,
+    context: int = 256,
+    rules: Sequence[Rule] = (),
+    ragged: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Model:
+    """Post-training quantization with one method: the given model is left as it is, a simulated one comes back.
+
+    `data`: calibration samples (`samples` rows are drawn); without data only `rtn` on dynamic or weight-only schemes.
+    Raises: UsageError, UntrustedInput as the parts do.
+    """
+    source = as_model(model)
+    if source.state is not None:
+        raise UsageError("the model is quantized already; start from its float parent")
+    recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
+    if recipe.scheme.is_float and not rules:
+        raise UsageError("scheme float quantizes nothing; use `train` with it, or another scheme")
+    copied = dataclasses.replace(source, model=copy.deepcopy(source.model), notes=list(source.notes))
+    state = prepare(copied.model, recipe)
+    state.method = method
+    if data is None:
+        static = recipe.scheme.input is not None and not recipe.scheme.input.dynamic
+        if METHODS[method].needs_hessian or static:
+            raise UsageError(
+                f"{method} at {recipe.scheme} needs calibration data; give --data, or use --method rtn with a scheme without static ranges"
+            )
+        _quantize_without_data(copied, method)
+        return copied
+    examples = examples_for(copied, data, context=context)
+    batches = list(examples.batches(16, shuffle=True, seed=seed, limit=samples))
+    calibrate(copied.model, batches, lambda _name: METHODS[method], progress)
+    state.notes += [f"calibration data: {note}" for note in examples.notes]
+    copied.probe = probe_of(examples)
+    return copied
+
+
+def _quantize_without_data(model: Model, method: str) -> None:
+    state = model.state
+    assert state is not None
+    for name, module in modules_of(model.model, FAKE_QUANT):
+        quantizer = module.weight_quantizer
+        assert quantizer is not None
+        solution = METHODS[method].solve(module.weight_ON.detach().float(), None, quantizer.spec)  # type: ignore[operator]
+        quantizer.set_scale(solution.scale, solution.zero_point)  # type: ignore[operator]
+        state.layers[name] = solution.report
+    state.notes.append("quantized without data: every input channel counted alike")
+
+
+def train(
+    model: str | Path | Model,
+    data: Data | Examples,
+    *,
+    scheme: str | Scheme | None = None,
+    eval_data: Data | Examples | None = None,
+    teacher: str | Path | Model | None = "self",
+    settings: Settings | None = None,
+    method: str = "gptq",
+    samples: int = 128,
+    context: int = 256,
+    rules: Sequence[Rule] = (),
+    ragged: bool = True,
+    progress: Progress | None = None,
+) -> Model:
+    """QAT: from PTQ (done first if the model is float) to the best iterate of training; never worse than its start.
+
+    `scheme` "float" trains without quantization: the task fine-tune of a bare encoder, and the control. `teacher`
+    "self" is the float model itself, None leaves only the task's loss. Without `eval_data` a tenth of `data` is held
+    out to choose the best iterate. Raises: UsageError, UntrustedInput as the parts do.
+    """
+    settings = settings or Settings()
+    parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
+    source, train_data = _for_training(model, data, context)
+    if source.state is None and parsed is None:
+        raise UsageError("the model is float: name a scheme to train for, or `float` for a plain fine-tune")
+    if source.state is not None and parsed is not None:
+        raise UsageError(
+            f"the model is quantized already ({source.state.scheme}); leave the scheme out to train it further"
+        )
+    notes = list(source.notes) + [f"training data: {note}" for note in train_data.notes]
+    if eval_data is None:
+        train_data, held_out = split(train_data, 0.1, settings.seed)
+        notes.append(
+            f"no evaluation data: {len(held_out)} rows of the training data are held out to choose the best iterate"
+        )
+    else:
+        held_out = examples_for(source, eval_data, context=context)
+        if shared := overlap(train_data, held_out):
+            notes.append(f"{shared} rows are in both the training and the evaluation data")
+    is_float = parsed is not None and parsed.is_float and not rules
+    reference = None if is_float else _teacher(source, teacher)
+    if reference is None:  # no distance to keep: the task's own loss is all there is
+        settings = dataclasses.replace(settings, kl_weight=0.0, task_weight=settings.task_weight or 1.0)
+    if is_float:
+        started = dataclasses.replace(source, model=copy.deepcopy(source.model))
+    elif source.state is None:
+        assert parsed is not None
+        started = quantize(
+            source, parsed, method=method, data=train_data, samples=samples, rules=rules, ragged=ragged,
+            seed=settings.seed, progress=progress,
+        )  # fmt: skip
+    else:
+        started = dataclasses.replace(source, model=unpack_model(copy.deepcopy(source.model)))
+
+    def score(candidate: Any) -> tuple[float, ...]:
+        result = measure(candidate, held_out)
+        return (
+            (-result.value, result.mean_loss) if isinstance(result, ClassificationResult) else (result.nats_per_token,)
+        )
+
+    report = run_training(
+        started.model, train_data, score, settings, teacher=reference.model if reference else None, progress=progress
+    )
+    if started.state is not None:
+        started.state.notes += report.notes
+        if report.improved:
+            started.state.method += "+qat"
+    return dataclasses.replace(started, training=report, notes=notes + report.notes, probe=probe_of(held_out))
+
+
+def _for_training(model: str | Path | Model, data: Data | Examples, context: int) -> tuple[Model, Examples]:
+    """The model and its data; a bare encoder gets a head with as many classes as the data has."""
+    if isinstance(model, Model):
+        return model, examples_for(model, data, context=context)
+    folder = Path(model)
+    if isinstance(data, Examples) or not folder.exists() or (folder / folders.RECEIPT).exists():
+        loaded = load(folder)
+        return loaded, examples_for(loaded, data, context=context)
+    if task_of(scan_model_folder(folder).config) is not None:
+        loaded = load(folder)
+        return loaded, examples_for(loaded, data, context=context)
+    examples = load_examples(data, load_tokenizer(folder), context=context)
+    if examples.task != "classification":
+        raise UsageError(
+            f"{folder} is a bare encoder: it can be given a head for classification, but the data is for {examples.task}"
+        )
+    loaded = load(folder, task="classification", num_labels=examples.num_labels)
+    loaded.model.config.id2label = dict(enumerate(examples.label_names))
+    loaded.model.config.label2id = {name: i for i, name in enumerate(examples.label_names)}
+    return loaded, examples
+
+
+def _teacher(source: Model, teacher: str | Path | Model | None) -> Model | None:
+    if teacher is None:
+        return None
+    if teacher != "self":
+        return as_model(teacher)
+    if source.state is not None:
+        raise UsageError(
+            "teacher='self' needs the float model, and this one is quantized; name the float folder as teacher, or None"
+        )
+    return dataclasses.replace(source, model=copy.deepcopy(source.model))
+
+
+def probe_of(examples: Examples, rows: int = 2, length: int = 64) -> dict[str, Tensor]:
+    """A few tokens of the data on which parity is shown, now and at every later `check`."""
+    batch = next(iter(examples.batches(rows, limit=rows)))
+    return {name: value[:, :length].contiguous() for name, value in batch.items() if name != "labels"}
+
+
+def default_probe(model: Model) -> dict[str, Tensor]:
+    """Tokens to compare on where no data is at hand: the vocabulary's own ids, spread evenly."""
+    vocab = int(model.model.config.vocab_size)
+    ids = torch.linspace(0, vocab - 1, 64).long().reshape(2, 32)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def evaluate(
+    model: str | Path | Model,
+    data: Data | Examples,
+    *,
+    reference: str | Path | Model | None = None,
+    context: int = 256,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Perplexity of a language model or accuracy of a classifier, with a 95 % interval; against `reference` also KL
+    and agreement. Raises: UsageError, UntrustedInput as the parts do."""
+    ready = as_model(model)
+    examples = examples_for(ready, data, context=context)
+    other = as_model(reference).model if reference is not None else None
+    bar = progress or Progress()
+    with bar.counted("evaluating") as report:
+        return measure(ready.model, examples, reference=other, limit=limit, progress=report)
+
+
+def pack(model: Model) -> Model:
+    """The packed twin: integers only. The given model is left as it is."""
+    if model.state is None:
+        raise UsageError("the model is float; quantize it first")
+    return dataclasses.replace(model, model=pack_model(copy.deepcopy(model.model)))
+
+
+def save(
+    model: Model, out: str | Path, *, overwrite: bool = False, format: str | None = None, inputs: Sequence[Path] = ()
+) -> Path:
+    """Write a model folder, whole or not at all: packed if it is quantized, else float. The model stays as it is.
+
+    `format`: `compressed-tensors` or `quantailor`; by default the first where the scheme can be said in it.
+    Raises: UsageError if `out` exists or the format cannot hold the scheme; QuantailorError if the disk is full.
+    """
+    out = Path(out)
+    with new_folder(out, overwrite=overwrite, inputs=inputs) as folder:
+        _fill(folder, model, format)
+    return out
+
+
+def _fill(folder: Path, model: Model, format: str | None, details: dict[str, Any] | None = None) -> None:
+    if model.state is None:
+        model.model.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        write_manifest(folder, kind="float model", details={"parent": model.parent, **(details or {})})
+        return
+    folders.write_folder(
+        folder, model.model, model.tokenizer, format=format, probe=model.probe or default_probe(model),
+        details={"parent": model.parent, "training": _training_json(model.training), **(details or {})},
+    )  # fmt: skip
+
+
+def _training_json(report: TrainReport | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    return {
+        **{k: v for k, v in vars(report).items() if k != "curve"},
+        "curve": [[s, *score] for s, score in report.curve],
+    }
+
+
+def check(path: str | Path) -> Parity:
+    """Prove that a saved folder serves what was trained.
+
+    Every layer's integers and scales are held against the digests that the simulated model had when it was packed;
+    then both executions of the folder run on the probe, layer by layer, and the simulated model's own logits of that
+    day are compared as well.
+    """
+    loaded = folders.read_folder(Path(path))
+    simulated = unpack_model(copy.deepcopy(loaded.model))
+    stored = folders.stored_probe(Path(path))
+    probe = stored[0] if stored else default_probe(Model(loaded.model, loaded.tokenizer, loaded.task))
+    parity = compare(simulated, loaded.model, probe, expected=folders.expected_digests(loaded.receipt))
+    if stored is None:
+        return parity
+    now, then = folders.last_logits(loaded.model, probe), stored[1]
+    difference = float((now - then).abs().max() / then.abs().max().clamp(min=1e-30))
+    top1 = bool((now.argmax(-1) == then.argmax(-1)).all())
+    return dataclasses.replace(
+        parity, max_logit_difference=max(parity.max_logit_difference, difference), top1_equal=parity.top1_equal and top1
+    )
+
+
+def generate(model: str | Path | Model, prompt: str, *, max_new_tokens: int = 64) -> str:
+    """Greedy text from a language model: the prompt and what follows it."""
+    ready = as_model(model)
+    if ready.task != "lm":
+        raise UsageError("only a language model generates text; this one classifies")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
+    inputs = ready.tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise UsageError("the prompt has no tokens; give some text")
+    pad = ready.tokenizer.pad_token_id if ready.tokenizer.pad_token_id is not None else ready.tokenizer.eos_token_id
+    device = next(ready.model.parameters()).device
+    with torch.inference_mode():
+        output = ready.model.generate(
+            input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device),
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad,
+        )  # fmt: skip
+    return str(ready.tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` found and saved. `data` is report.json; `meets` says whether the tolerance was met."""
+
+    verdict: str
+    data: dict[str, Any]
+    out: Path
+
+    @property
+    def meets(self) -> bool:
+        return self.verdict != "infeasible"
+
+    def to_json(self) -> dict[str, Any]:
+        return self.data
+
+
+def fit(
+    model: str | Path | Model,
+    data: Data | Examples,
+    scheme: str | Scheme,
+    out: str | Path,
+    *,
+    eval_data: Data | Examples | None = None,
+    goal: Goal | None = None,
+    rules: Sequence[Rule] = (),
+    ragged: bool = True,
+    context: int = 256,
+    overwrite: bool = False,
+    format: str | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """The main job: the cheapest way from a float model to `scheme` that stays within the tolerance; packed, checked,
+    saved with its inventory, report.json and report.md.
+
+    Where nothing meets the tolerance in time, the best that was found is saved and the verdict is `infeasible`.
+    Raises: UsageError, UntrustedInput as the parts do; QualityGateFailed if the packed model is not the simulated one.
+    """
+    goal = goal or Goal()
+    recipe = recipe_for(scheme, rules, ragged=ragged)
+    if recipe.scheme.is_float and not rules:
+        raise UsageError("scheme float is the control, not a goal; name one with fewer bits, such as w4a16-g32")
+    inputs = [Path(p) for p in (model, data, eval_data) if isinstance(p, str | Path)]
+    with new_folder(Path(out), overwrite=overwrite, inputs=inputs) as folder:
+        source = as_model(model)
+        if source.state is not None:
+            raise UsageError("the model is quantized already; start from its float parent")
+        recipe.assign(source.model)  # its mistakes are the user's: before anything is measured
+        train_data, held_out, notes = _data_for_fit(source, data, eval_data, context, goal)
+        outcome = Ladder(source.model, recipe, train_data, held_out, goal, progress).climb()
+        best = dataclasses.replace(source, model=outcome.model, probe=probe_of(held_out))  # type: ignore[arg-type]
+        assert best.state is not None
+        _fill(folder, best, format, {"verdict": outcome.verdict, "seed": goal.settings.seed})
+        parity = check(folder)
+        weights = num_weights(source.model)
+        float_bytes = sum(p.numel() * p.element_size() for p in source.model.parameters())
+        report: dict[str, Any] = {
+            "verdict": outcome.verdict,
+            "metric": outcome.final.result.metric,
+            "float": {"value": outcome.float.value},
+            "final": {"name": outcome.final.name, "value": outcome.final.value, "loss": outcome.final.loss},
+            "tolerance": goal.tolerance,
+            "scheme": str(recipe.scheme),
+            "method": best.state.method,
+            "steps": [step.to_json() for step in outcome.steps],
+            "size_bytes": weight_file_bytes(folder),
+            "bits_per_weight": bits_per_weight(folder, weights),
+            "float_size_bytes": float_bytes,
+            "float_bits_per_weight": 8 * float_bytes / weights,
+            "num_weights": weights,
+            "coverage": best.state.inventory.coverage,
+            "recovery": outcome.recovery if outcome.final.training else None,
+            "recovery_control": outcome.recovery_control,
+            "check": parity.to_json(),
+            "notes": [*notes, *outcome.notes, *best.state.notes],
+            "inventory": [
+                {**e.to_json(), **({"report": r} if (r := best.state.layers.get(e.name)) else {})}
+                for e in best.state.inventory
+            ],
+            "seed": goal.settings.seed,
+            "command": _command(),
+            "environment": environment(),
+            "out": str(out),
+        }
+        if not parity.equal:
+            layer = next(iter(parity.differing), "no single layer")
+            raise QualityGateFailed(
+                f"the packed model is not the simulated one ({layer}); nothing was saved: report this as a bug"
+            )
+        write_json(folder / "report.json", _finite(report))
+        (folder / "report.md").write_text(fit_page(report), encoding="utf-8")
+        (folder / MANIFEST).unlink()
+        write_manifest(
+            folder, kind="quantized model", details={"scheme": str(recipe.scheme), "verdict": outcome.verdict}
+        )
+    return FitResult(outcome.verdict, _finite(report), Path(out))
+
+
+def _data_for_fit(
+    source: Model, data: Data | Examples, eval_data: Data | Examples | None, context: int, goal: Goal
+) -> tuple[Examples, Examples, list[str]]:
+    train_data = examples_for(source, data, context=context)
+    notes = [f"training data: {note}" for note in train_data.notes] + list(source.notes)
+    if eval_data is None:
+        train_data, held_out = split(train_data, 0.1, goal.settings.seed)
+        notes.append(f"no evaluation data: measured on {len(held_out)} rows held out of the training data")
+        return train_data, held_out, notes
+    held_out = examples_for(source, eval_data, context=context)
+    notes += [f"evaluation data: {note}" for note in held_out.notes]
+    if shared := overlap(train_data, held_out):
+        notes.append(f"{shared} rows are in both the training and the evaluation data: figures may flatter")
+    return train_data, held_out, notes
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: such a number becomes null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def _command() -> str:
+    if not sys.argv or not sys.argv[0].endswith("quantailor"):
+        return "quantailor.fit(...) from Python"
+    return " ".join(["quantailor", *sys.argv[1:]])
+
+
+def environment() -> dict[str, str]:
+    """What a figure depends on: versions, machine, threads."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "quantailor": quantailor.__version__,
+        "python": platform.python_version(),
+        **versions,
+        "system": platform.system(),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }

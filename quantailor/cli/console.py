@@ -1,0 +1,62 @@
+"""What a person sees while work runs: bars with time left, on stderr, so that stdout stays clean for results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from quantailor.progress import Advance, Progress
+
+
+class ConsoleProgress(Progress):
+    """Bars that vanish when done; lines that stay. On a pipe only the lines are printed."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.bars: Bars | None = None
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Advance]:
+        with self._shown() as bars:
+            task = bars.add_task(title, total=total)
+            yield lambda steps: bars.advance(task, steps)
+            bars.remove_task(task)
+
+    @contextmanager
+    def counted(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        with self._shown() as bars:
+            task = bars.add_task(title, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+            bars.remove_task(task)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    @contextmanager
+    def _shown(self) -> Iterator[Bars]:
+        if self.bars is not None:  # a bar within a bar: one more line of the same display
+            yield self.bars
+            return
+        columns = (
+            TextColumn("{task.description:<18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Bars(*columns, console=self.console, transient=True) as bars:
+            self.bars = bars
+            try:
+                yield bars
+            finally:
+                self.bars = None
+
+
+def progress(quiet: bool) -> Progress:
+    """Bars, or silence."""
+    return Progress() if quiet else ConsoleProgress()

@@ -1,0 +1,95 @@
+"""The shell's entry: commands, and what a failure looks like from outside.
+
+A mistake of the user's prints one line and exits with the status of errors.py; a bug prints its traceback. Commands
+import torch only when they run, so that `quantailor --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+import quantailor
+from quantailor.cli.check import check
+from quantailor.cli.demo import demo
+from quantailor.cli.evaluate import evaluate
+from quantailor.cli.fit import fit
+from quantailor.cli.generate import generate
+from quantailor.cli.quantize import quantize
+from quantailor.cli.schemes import schemes
+from quantailor.cli.train import train
+from quantailor.errors import QuantailorError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fit Transformers to fewer bits: PTQ where it is enough, QAT where it is not, and a proof of what is served.",
+)
+for name, command in {
+    "fit": fit,
+    "quantize": quantize,
+    "train": train,
+    "eval": evaluate,
+    "check": check,
+    "generate": generate,
+    "schemes": schemes,
+    "demo": demo,
+}.items():
+    app.command(name)(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"quantailor {quantailor.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    pass
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where the program stands, so that half-written folders are cleared away."""
+
+
+def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def run() -> None:
+    """What the `quantailor` script calls."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        app(standalone_mode=True)
+    except QuantailorError as error:
+        _report(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _report("interrupted; nothing half-written was left behind", 130)
+    except _Terminated:
+        _report("terminated; nothing half-written was left behind", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read stdout has gone
+        sys.exit(1)
+    except MemoryError:
+        _report("out of memory; use a smaller --batch-size, --samples or --context", 1)
+
+
+def _report(message: str, status: int) -> None:
+    line = " ".join(message.split())
+    if "--json" in sys.argv and status not in (4, 5):  # those come after their document
+        print(json.dumps({"error": line, "exit_code": status}))
+    print(f"quantailor: {line}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,66 @@
+"""Options that several commands share, and the small languages in them: percentages and rules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantailor.errors import UsageError
+from quantailor.recipe import Keep, Rule
+from quantailor.spec import Scheme
+
+ModelArgument = Annotated[
+    Path, typer.Argument(help="model folder: config.json, *.safetensors, tokenizer", show_default=False)
+]
+SchemeOption = Annotated[
+    str, typer.Option("--scheme", help="what to quantize to; `quantailor schemes` lists them", show_default=False)
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="new folder for the result; an existing one is left alone", show_default=False)
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace the folder that --out names, by renaming")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print exactly one JSON document on stdout")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+SeedOption = Annotated[int, typer.Option("--seed", help="of calibration samples, shuffling and dropout")]
+ContextOption = Annotated[int, typer.Option("--context", help="tokens a window or row")]
+SamplesOption = Annotated[int, typer.Option("--samples", help="calibration rows", min=1)]
+RuleOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule", help="PATTERN=SCHEME or PATTERN=keep, such as '*.down_proj=w8a16'; first match decides; repeatable"
+    ),
+]
+NoRaggedOption = Annotated[
+    bool, typer.Option("--no-ragged", help="refuse a group size that does not divide a layer's inputs")
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", help="compressed-tensors or quantailor; by default the first where it can say the scheme"),
+]
+
+
+def rules(texts: list[str] | None) -> list[Rule]:
+    """`PATTERN=SCHEME` or `PATTERN=keep`, in order. Raises: UsageError on another form or an unknown scheme."""
+    result = []
+    for text in texts or []:
+        pattern, equals, action = text.rpartition("=")
+        if not equals or not pattern or not action:
+            raise UsageError(f"--rule {text!r} is not PATTERN=SCHEME or PATTERN=keep; an example: '*.down_proj=w8a16'")
+        result.append(Rule(Keep(f"rule: {text}") if action == "keep" else Scheme.parse(action), pattern=pattern))
+    return result
+
+
+def share(text: str) -> float:
+    """`2%` or `0.02` as 0.02. Raises: UsageError."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no share; write 2% or 0.02") from error
+
+
+def show(document: dict[str, Any], text: str, as_json: bool) -> None:
+    """The result: one JSON document, or lines for people."""
+    print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else text)

@@ -1,0 +1,279 @@
+"""The ladder of `fit`: the cheapest way that meets the tolerance, each rung tried only if the one before fell short.
+
+    float -> RTN -> GPTQ -> hybrid (best PTQ + short QAT) -> QAT (longer, from the best so far)
+
+Every rung says why it was taken or left, how long it took and what it measured. What comes back is the best that was
+found, even where nothing met the tolerance: then the verdict says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from quantailor.data.examples import Examples
+from quantailor.errors import UsageError
+from quantailor.evaluate.result import Result, difference
+from quantailor.evaluate.run import evaluate, reference_for
+from quantailor.models.prepare import prepare, state_of
+from quantailor.progress import Progress
+from quantailor.ptq import METHODS
+from quantailor.ptq.driver import calibrate
+from quantailor.qat.best import Score
+from quantailor.qat.settings import Settings
+from quantailor.qat.train import TrainReport, train
+from quantailor.recipe import Recipe
+
+VERDICTS = ("ptq", "hybrid", "qat", "infeasible")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is good enough, and what it may cost. `tolerance`: of the float model's own value (0.02 = 2 %)."""
+
+    tolerance: float = 0.02
+    minutes: float = 30.0
+    calibration: int = 128  # rows
+    short_steps: int = 100
+    long_steps: int = 400
+    settings: Settings = field(default_factory=Settings)
+    methods: tuple[str, ...] = ("rtn", "gptq")
+    control: bool = False  # also fine-tune the float model for the steps that QAT took
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            raise UsageError(f"tolerance={self.tolerance} must be 0 or more and below 1; 2% is 0.02")
+        if self.minutes <= 0:
+            raise UsageError(f"minutes={self.minutes} leaves no time; use more than 0")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rung: what it measured, why it was taken, and how long it ran."""
+
+    name: str
+    value: float
+    reason: str
+    seconds: float
+    result: Result
+    loss: float  # relative: 0.02 = 2 % worse than float, negative = better
+    change: tuple[float, float] | None = None  # 95 % interval of (value - float), paired
+    training: TrainReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        base = {"name": self.name, "value": self.value, "reason": self.reason, "seconds": round(self.seconds, 2)}
+        extra: dict[str, Any] = {"loss": self.loss, "change_interval": self.change, "result": self.result.to_json()}
+        if self.training is not None:
+            extra["training"] = {
+                "steps": self.training.steps,
+                "best_step": self.training.best_step,
+                "learning_rate": self.training.learning_rate,
+                "scale_learning_rate": self.training.scale_learning_rate,
+                "curve": [[step, *score] for step, score in self.training.curve],
+                "notes": self.training.notes,
+            }
+        return {**base, **extra}
+
+
+@dataclass
+class Outcome:
+    """`model`: the best that was found. `recovery`: share of the best PTQ's loss that training took back, against the
+    float model, and (`recovery_control`) against the float model trained as long."""
+
+    verdict: str
+    model: nn.Module
+    steps: list[Step]
+    final: Step
+    recovery: float | None = None
+    recovery_control: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def float(self) -> Step:
+        return self.steps[0]
+
+
+def relative_loss(value: float, base: float, higher_is_better: bool) -> float:
+    """How much worse `value` is than the float `base`, as a share of it; negative where it is better."""
+    if not math.isfinite(value):
+        return math.inf
+    if base == 0:
+        return 0.0 if value == base else math.inf
+    return (base - value) / abs(base) if higher_is_better else (value - base) / abs(base)
+
+
+class Ladder:
+    """`climb` does the work. The float model is never changed; candidates are copies of it."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, train_data: Examples, eval_data: Examples, goal: Goal,
+        progress: Progress | None = None, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.model, self.recipe, self.train_data, self.eval_data, self.goal = model, recipe, train_data, eval_data, goal
+        self.progress, self.clock = progress or Progress(), clock
+        self.start = clock()
+        self.steps: list[Step] = []
+        self.notes: list[str] = []
+        self.quick_rows = min(len(eval_data), 64 if eval_data.task == "lm" else 256)
+
+    @property
+    def seconds_left(self) -> float:
+        return 60 * self.goal.minutes - (self.clock() - self.start)
+
+    def climb(self) -> Outcome:
+        """Raises: as `prepare`, `calibrate` and `train` do."""
+        began = self.clock()
+        with self._bar("float model") as bar:
+            self.reference = reference_for(self.model, self.eval_data, progress=bar)
+        result = self.reference.result if hasattr(self.reference, "result") else self.reference
+        self._note("float", result, "what the tolerance is measured from", began)
+        best_model, best = self._ptq()
+        if self._meets(best):
+            return self._outcome("ptq", best_model, best)
+        ptq = best
+        verdict = "infeasible"
+        for name, steps in (("hybrid", self.goal.short_steps), ("qat", self.goal.long_steps)):
+            affordable = self._affordable(steps)
+            if affordable < 1:
+                self.notes.append(
+                    f"{name} left out: {self.seconds_left:.0f} s are left of {self.goal.minutes:g} minutes"
+                )
+                break
+            if affordable < steps:
+                self.notes.append(
+                    f"{name} runs {affordable} steps instead of {steps}: what {self.goal.minutes:g} minutes leave"
+                )
+            model, step = self._qat(name, best_model, best, affordable)
+            if self._better(step, best):
+                best_model, best = model, step
+            if self._meets(best):
+                verdict = name
+                break
+        outcome = self._outcome(verdict, best_model, best)
+        self._recovery(outcome, ptq)
+        return outcome
+
+    def _ptq(self) -> tuple[nn.Module, Step]:
+        best: tuple[nn.Module, Step] | None = None
+        batches = list(
+            self.train_data.batches(16, shuffle=True, seed=self.goal.settings.seed, limit=self.goal.calibration)
+        )
+        for method in self.goal.methods:
+            if best is not None and self.seconds_left <= 0:
+                self.notes.append(f"{method} left out: {self.goal.minutes:g} minutes are over")
+                break
+            began = self.clock()
+            candidate = copy.deepcopy(self.model)
+            state = prepare(candidate, self.recipe)
+            calibrate(candidate, batches, lambda _name, method=method: METHODS[method], self.progress)
+            state.method = method
+            reason = (
+                "the cheapest: no solver, seconds"
+                if best is None
+                else f"{best[1].name} lost {best[1].loss:.2%}, over {self.goal.tolerance:.2%}"
+            )
+            step = self._measure(method, candidate, reason, began)
+            if best is None or self._better(step, best[1]):
+                best = candidate, step
+            if self._meets(best[1]):
+                break
+        assert best is not None, "at least one PTQ method"
+        return best
+
+    def _qat(self, name: str, start: nn.Module, start_step: Step, num_steps: int) -> tuple[nn.Module, Step]:
+        began = self.clock()
+        candidate = copy.deepcopy(start)
+        settings = _with_steps(self.goal.settings, num_steps)
+        report = train(candidate, self.train_data, self._quick, settings, teacher=self.model, progress=self.progress)
+        state = state_of(candidate)
+        assert state is not None
+        if report.improved:
+            state.method = f"{state.method}+qat" if not state.method.endswith("+qat") else state.method
+        state.notes += report.notes
+        self.seconds_per_step = (self.clock() - began) / num_steps
+        reason = f"{start_step.name} lost {start_step.loss:.2%}, over {self.goal.tolerance:.2%}: {num_steps} steps of QAT from there"
+        step = self._measure(name, candidate, reason, began, report)
+        if not self._better(step, start_step):
+            why = (
+                "kept the start"
+                if not report.improved
+                else f"{step.value:.4f} is no better than {start_step.value:.4f} on all of the data"
+            )
+            self.notes.append(f"{name}: training {why}; {start_step.name} stands")
+        return candidate, step
+
+    def _quick(self, model: nn.Module) -> Score:
+        """The score training is steered by: on a part of the evaluation data, lower is better."""
+        result = evaluate(model, self.eval_data, limit=self.quick_rows)
+        if result.higher_is_better:
+            return (-result.value, getattr(result, "mean_loss", 0.0))
+        return (getattr(result, "nats_per_token", result.value),)
+
+    def _affordable(self, steps: int) -> int:
+        """Steps that the time left pays for, by the pace of the run before, or of a few trial steps."""
+        if not hasattr(self, "seconds_per_step"):
+            return steps if self.seconds_left > 0 else 0
+        return min(steps, int(0.9 * self.seconds_left / self.seconds_per_step))
+
+    def _measure(
+        self, name: str, model: nn.Module, reason: str, began: float, training: TrainReport | None = None
+    ) -> Step:
+        with self._bar(f"measuring {name}") as bar:
+            result = evaluate(model, self.eval_data, reference=self.reference, progress=bar)
+        return self._note(name, result, reason, began, training)
+
+    def _note(self, name: str, result: Result, reason: str, began: float, training: TrainReport | None = None) -> Step:
+        base = self.steps[0] if self.steps else None
+        loss = relative_loss(result.value, base.value, result.higher_is_better) if base else 0.0
+        change = difference(base.result, result)[1] if base and math.isfinite(result.value) else None
+        step = Step(name, result.value, reason, self.clock() - began, result, loss, change, training)
+        self.steps.append(step)
+        self.progress.say(
+            f"{name:<8} {result.metric} {result.value:.4f}  {f'{loss:+.2%} ' if base else ''} {step.seconds:.0f} s   {reason}"
+        )
+        return step
+
+    def _bar(self, title: str) -> Any:
+        return self.progress.counted(title)
+
+    def _meets(self, step: Step) -> bool:
+        return step.loss <= self.goal.tolerance
+
+    def _better(self, step: Step, other: Step) -> bool:
+        return step.loss < other.loss
+
+    def _outcome(self, verdict: str, model: nn.Module, final: Step) -> Outcome:
+        return Outcome(verdict, model, self.steps, final, notes=self.notes)
+
+    def _recovery(self, outcome: Outcome, ptq: Step) -> None:
+        """R = (ptq - final) / (ptq - float), and R* against the float model trained for the same steps."""
+        base = self.steps[0]
+        outcome.recovery = _share(ptq.value, outcome.final.value, base.value)
+        num_steps = sum(s.training.steps for s in self.steps if s.training is not None)
+        if not self.goal.control or num_steps == 0:
+            return
+        began = self.clock()
+        twin = copy.deepcopy(self.model)
+        settings = _with_steps(self.goal.settings, num_steps, control=True)
+        report = train(twin, self.train_data, self._quick, settings, progress=self.progress)
+        step = self._measure(
+            "float+", twin, f"control: the float model fine-tuned for the same {num_steps} steps", began, report
+        )
+        outcome.recovery_control = _share(ptq.value, outcome.final.value, step.value)
+
+
+def _share(ptq: float, final: float, base: float) -> float | None:
+    return (ptq - final) / (ptq - base) if math.isfinite(ptq) and ptq != base else None
+
+
+def _with_steps(settings: Settings, steps: int, control: bool = False) -> Settings:
+    values = {**vars(settings), "steps": steps}
+    if control:  # a float model has no distance to itself: it trains on the task alone
+        values |= {"kl_weight": 0.0, "task_weight": 1.0, "learning_rate": None}
+    return Settings(**values)
