@@ -20,7 +20,7 @@ __all__ = [
     "Scheme",
     "Settings",
     "check",
-    "evaluate",
+    "eval",
     "fit",
     "generate",
     "load",
@@ -39,4 +39,5 @@ def __getattr__(name: str) -> Any:
     api = import_module("quantailor.api")
     if name == "Keep":
         return import_module("quantailor.recipe").Keep
-    return getattr(api, name)
+    # `quantailor.evaluate` is the package that measures; the verb has the shell's name.
+    return getattr(api, "evaluate" if name == "eval" else name)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quantailor
 from quantailor.cost.size import bits_per_weight, num_weights, weight_file_bytes
+from quantailor.data.encode import encode
 from quantailor.data.examples import Examples
 from quantailor.data.loading import Data, load_examples, overlap, split
 from quantailor.errors import QualityGateFailed, UsageError
@@ -31,7 +32,7 @@ from quantailor.evaluate.lm import LMResult
 from quantailor.evaluate.parity import Parity, compare
 from quantailor.evaluate.run import evaluate as measure
 from quantailor.export import folder as folders
-from quantailor.models.loading import Task, load_float, load_tokenizer, task_of
+from quantailor.models.loading import Task, device_of, load_float, load_tokenizer, task_of
 from quantailor.models.prepare import FAKE_QUANT, State, pack_model, prepare, state_of, unpack_model
 from quantailor.models.structure import modules_of
 from quantailor.progress import Progress
@@ -123,8 +124,7 @@ def examples_for(model: Model, data: Data | Examples, *, context: int = 256, lim
     longest = min(context, positions) if isinstance(positions, int) else context
     names = None
     if model.task == "classification":
-        id2label = model.model.config.id2label
-        ordered = tuple(str(id2label[i]) for i in range(len(id2label)))
+        ordered = tuple(str(name) for _, name in sorted((model.model.config.id2label or {}).items()))
         names = None if all(name.startswith("LABEL_") for name in ordered) else ordered
     return load_examples(data, model.tokenizer, model.task, context=longest, limit=limit, label_names=names)
 
@@ -170,7 +170,8 @@ def quantize(
         static = recipe.scheme.input is not None and not recipe.scheme.input.dynamic
         if METHODS[method].needs_hessian or static:
             raise UsageError(
-                f"{method} at {recipe.scheme} needs calibration data; give --data, or use --method rtn with a scheme without static ranges"
+                f"{method} at {recipe.scheme} needs calibration data; give --data, "
+                "or use --method rtn with a scheme without static ranges"
             )
         _quantize_without_data(copied, method)
         return copied
@@ -186,10 +187,10 @@ def _quantize_without_data(model: Model, method: str) -> None:
     state = model.state
     assert state is not None
     for name, module in modules_of(model.model, FAKE_QUANT):
+        assert isinstance(module, FAKE_QUANT) and module.weight_quantizer is not None
         quantizer = module.weight_quantizer
-        assert quantizer is not None
-        solution = METHODS[method].solve(module.weight_ON.detach().float(), None, quantizer.spec)  # type: ignore[operator]
-        quantizer.set_scale(solution.scale, solution.zero_point)  # type: ignore[operator]
+        solution = METHODS[method].solve(module.weight_ON.detach().float(), None, quantizer.spec)
+        quantizer.set_scale(solution.scale, solution.zero_point)
         state.layers[name] = solution.report
     state.notes.append("quantized without data: every input channel counted alike")
 
@@ -243,11 +244,19 @@ def train(
     elif source.state is None:
         assert parsed is not None
         started = quantize(
-            source, parsed, method=method, data=train_data, samples=samples, rules=rules, ragged=ragged,
-            seed=settings.seed, progress=progress,
-        )  # fmt: skip
+            source,
+            parsed,
+            method=method,
+            data=train_data,
+            samples=samples,
+            rules=rules,
+            ragged=ragged,
+            seed=settings.seed,
+            progress=progress,
+        )
     else:
-        started = dataclasses.replace(source, model=unpack_model(copy.deepcopy(source.model)))
+        started = dataclasses.replace(source, model=copy.deepcopy(source.model))
+        unpack_model(started.model)
 
     def score(candidate: Any) -> tuple[float, ...]:
         result = measure(candidate, held_out)
@@ -279,7 +288,7 @@ def _for_training(model: str | Path | Model, data: Data | Examples, context: int
     examples = load_examples(data, load_tokenizer(folder), context=context)
     if examples.task != "classification":
         raise UsageError(
-            f"{folder} is a bare encoder: it can be given a head for classification, but the data is for {examples.task}"
+            f"{folder} is a bare encoder, which can be given a head for classification; the data is for {examples.task}"
         )
     loaded = load(folder, task="classification", num_labels=examples.num_labels)
     loaded.model.config.id2label = dict(enumerate(examples.label_names))
@@ -335,7 +344,9 @@ def pack(model: Model) -> Model:
     """The packed twin: integers only. The given model is left as it is."""
     if model.state is None:
         raise UsageError("the model is float; quantize it first")
-    return dataclasses.replace(model, model=pack_model(copy.deepcopy(model.model)))
+    packed = copy.deepcopy(model.model)
+    pack_model(packed)
+    return dataclasses.replace(model, model=packed)
 
 
 def save(
@@ -359,9 +370,13 @@ def _fill(folder: Path, model: Model, format: str | None, details: dict[str, Any
         write_manifest(folder, kind="float model", details={"parent": model.parent, **(details or {})})
         return
     folders.write_folder(
-        folder, model.model, model.tokenizer, format=format, probe=model.probe or default_probe(model),
+        folder,
+        model.model,
+        model.tokenizer,
+        format=format,
+        probe=model.probe or default_probe(model),
         details={"parent": model.parent, "training": _training_json(model.training), **(details or {})},
-    )  # fmt: skip
+    )
 
 
 def _training_json(report: TrainReport | None) -> dict[str, Any] | None:
@@ -402,16 +417,19 @@ def generate(model: str | Path | Model, prompt: str, *, max_new_tokens: int = 64
         raise UsageError("only a language model generates text; this one classifies")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
-    inputs = ready.tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
+    ids = torch.tensor(next(encode([prompt], ready.tokenizer)), dtype=torch.int64)[None]
+    if ids.shape[1] == 0:
         raise UsageError("the prompt has no tokens; give some text")
     pad = ready.tokenizer.pad_token_id if ready.tokenizer.pad_token_id is not None else ready.tokenizer.eos_token_id
-    device = next(ready.model.parameters()).device
+    ids = ids.to(device_of(ready.model))
     with torch.inference_mode():
-        output = ready.model.generate(
-            input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device),
-            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad,
-        )  # fmt: skip
+        output = ready.model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
     return str(ready.tokenizer.decode(output[0], skip_special_tokens=True))
 
 

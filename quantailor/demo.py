@@ -72,7 +72,8 @@ def table(result: dict[str, Any]) -> str:
             f"{row['size_bytes']:>10,}{row['bits_per_weight']:>13.2f}  {parity}"
         )
     lines.append(
-        f"perplexity on held-out Python documentation, context 256; float weights take {result['rows'][0]['float_size_bytes']:,} bytes"
+        "perplexity on held-out Python documentation, context 256; "
+        f"float weights take {result['rows'][0]['float_size_bytes']:,} bytes"
     )
     lines.append(f"{result['seconds']:.0f} s in all")
     return "\n".join(lines)

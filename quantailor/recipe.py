@@ -13,6 +13,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from quantailor.errors import UsageError
@@ -40,6 +41,11 @@ class Rule:
     module_type: str | None = None
     more_than: int | None = None
     fewer_than: int | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it leaves what it hits in float."""
+        return isinstance(self.action, Keep) or self.action.is_float
 
     def matches(self, name: str, kind: str, num_weights: int) -> bool:
         return (
@@ -99,9 +105,9 @@ class Inventory:
 
     @property
     def coverage(self) -> float:
-        """The share of all weights that is quantized, 0 to 1; a tied weight counts once."""
+        """The share of all weights that is quantized, 0 to 1; a tied weight counts once, a bias is not quantized."""
         own = [e for e in self.entries if e.tied_to is None]
-        return sum(e.num_weights for e in own if e.scheme is not None) / max(sum(e.num_weights for e in own), 1)
+        return sum(prod(e.shape) for e in own if e.scheme is not None) / max(sum(e.num_weights for e in own), 1)
 
     def __str__(self) -> str:
         groups: dict[tuple[str, str, str], list[Entry]] = {}
@@ -132,6 +138,7 @@ class Recipe:
         blocks = block_prefixes(model)
         head = _head_name(model, modules)
         used: set[int] = set()
+        beside: dict[int, str] = {}  # rules that hit, so far, only what cannot be quantized
         owner: dict[int, str] = {}  # the first module to hold a parameter: later ones are tied to it
         entries = []
         for name, module in modules.items():
@@ -142,22 +149,23 @@ class Recipe:
             num_weights = sum(p.numel() for _, p in own)
             shape = tuple(max((p.shape for _, p in own), key=len))
             hits = [i for i, rule in enumerate(self.rules) if rule.matches(name, kind, num_weights)]
-            used.update(hits)
-            scheme, reason = self._decide(name, module, kind, shape, blocks, head, hits)
+            cannot = _cannot(module, kind, shape)
+            used.update(i for i in hits if cannot is None or self.rules[i].keeps)
+            beside.update((i, f"{name}, a {kind} ({cannot})") for i in hits if i not in used)
+            scheme, reason = self._decide(name, module, kind, cannot, blocks, head, hits)
             if scheme is not None:
                 _check_ragged(name, scheme, kind, shape)
             tied_to = owner.setdefault(id(own[0][1]), name)
             entries.append(Entry(name, kind, shape, num_weights, scheme, reason, None if tied_to == name else tied_to))
-        if unused := [rule for i, rule in enumerate(self.rules) if i not in used]:
-            names = [e.name for e in entries if e.scheme is not None][:3]
-            raise UsageError(
-                f"a rule matches nothing: {unused[0]}; names look like {', '.join(names) or list(modules)[1:4]}"
-            )
+        if unused := [i for i in range(len(self.rules)) if i not in used]:
+            if what := beside.get(unused[0]):
+                raise UsageError(f"a rule hits only what cannot be quantized, such as {what}: {self.rules[unused[0]]}")
+            names = [e.name for e in entries if e.scheme is not None] or list(modules)[1:]
+            raise UsageError(f"a rule matches nothing: {self.rules[unused[0]]}; names look like {', '.join(names[:3])}")
         entries = _agree_on_tied(modules, entries)
         if not self.scheme.is_float and not any(e.scheme for e in entries):
-            raise UsageError(
-                f"scheme {self.scheme} would quantize nothing in this model; its modules are kept: {entries[0].reason}"
-            )
+            kept = entries[0].reason if entries else "it has no weights"
+            raise UsageError(f"scheme {self.scheme} would quantize nothing in this model; its modules are kept: {kept}")
         return Inventory(tuple(entries))
 
     def _decide(
@@ -165,7 +173,7 @@ class Recipe:
         name: str,
         module: Any,
         kind: str,
-        shape: tuple[int, ...],
+        cannot: str | None,
         blocks: tuple[str, ...],
         head: str | None,
         hits: list[int],
@@ -174,18 +182,10 @@ class Recipe:
             rule = self.rules[hits[0]]
             if isinstance(rule.action, Keep):
                 return None, rule.action.reason
-            if kind not in QUANTIZABLE:
-                if rule.pattern == name:
-                    raise UsageError(f"{name} is a {kind}; only {', '.join(QUANTIZABLE)} can be quantized")
-            elif not rule.action.is_float:
-                return rule.action, f"rule: {rule}"
-        if kind not in QUANTIZABLE:
-            if len(shape) >= 3 and not kind.startswith("Conv"):
-                return (
-                    None,
-                    f"fused {len(shape)}-D tensor {list(shape)}, as experts are stored: not quantized by this version",
-                )
-            return None, "not a matrix product: kept in float"
+            if cannot is None:
+                return None if rule.action.is_float else rule.action, f"rule: {rule}"
+        if cannot is not None:
+            return None, cannot
         if self.scheme.is_float:
             return None, "scheme float"
         if kind == "Embedding":
@@ -211,7 +211,7 @@ def block_prefixes(model: Any) -> tuple[str, ...]:
             continue
         children = list(module.children())
         if len({type(c) for c in children}) == 1 and children and _is_block(children[0], single=len(children) == 1):
-            found.append(name + ".")
+            found.append(f"{name}." if name else "")
     return tuple(found)
 
 
@@ -230,8 +230,23 @@ def _head_name(model: Any, modules: dict[str, Any]) -> str | None:
     return next((name for name, module in modules.items() if module is head), None) if head is not None else None
 
 
+def _cannot(module: Any, kind: str, shape: tuple[int, ...]) -> str | None:
+    """Why this module cannot be quantized; None if it can."""
+    if kind not in QUANTIZABLE:
+        if len(shape) >= 3 and not kind.startswith("Conv"):
+            return f"fused {len(shape)}-D tensor {list(shape)}, as experts are stored: not quantized by this version"
+        if len(shape) == 2:
+            return f"a {kind} is none of {', '.join(QUANTIZABLE)}: kept in float"
+        return "not a matrix product: kept in float"
+    if kind == "Conv2d" and module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}: only zeros can be packed; kept in float"
+    if kind == "Embedding" and module.max_norm is not None:
+        return f"max_norm={module.max_norm} rewrites the table at each look-up; kept in float"
+    return None
+
+
 def in_features(kind: str, shape: tuple[int, ...]) -> int:
-    """The length of the axis that groups run along, from a weight's shape. Conv1D stores [N, O]; Conv2d [O, I, H, W]."""
+    """The length of the axis that groups run along. Conv1D stores [N, O]; Conv2d [O, I, H, W]."""
     if kind == "Conv1D":
         return shape[0]
     size = 1

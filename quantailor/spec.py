@@ -17,7 +17,7 @@ import dataclasses
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from quantailor.errors import UsageError
 
@@ -153,8 +153,8 @@ class Scheme:
 
         Raises: UsageError naming the nearest known schemes.
 
-        >>> Scheme.parse("w4a16-g32").weight
-        QuantSpec(grid=Int(bits=4, symmetric=True, narrow=False), granularity=PerGroup(size=32, ragged=True), dynamic=False, range='mse')
+        >>> Scheme.parse("w4a16-g32").weight.granularity
+        PerGroup(size=32, ragged=True)
         """
         scheme = _parse(text.strip().lower())
         if scheme is None:
@@ -280,9 +280,14 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(data: Any) -> Any:
-    """The spec that `to_json` wrote. Raises: UsageError on an unknown type or key, naming it."""
+    """The spec that `to_json` wrote; None, for what has none, is itself.
+
+    Raises: UsageError on an unknown type or key, a missing key, or a value of the wrong type, naming it.
+    """
+    if data is None:
+        return None
     if not isinstance(data, dict):
-        return data
+        raise UsageError(f"{data!r} is no spec; a spec is an object with its type under 'is'")
     data = dict(data)
     tag = data.pop("is", None)
     cls = _TAGS.get(tag) if isinstance(tag, str) else None
@@ -291,4 +296,20 @@ def from_json(data: Any) -> Any:
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if unknown := set(data) - known:
         raise UsageError(f"unknown key {sorted(unknown)[0]!r} in {tag}; it has {', '.join(sorted(known)) or 'none'}")
-    return cls(**{key: from_json(value) for key, value in data.items()})
+    hints = get_type_hints(cls)
+    values = {key: from_json(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for key, value in values.items():
+        if not _fits(value, hints[key]):
+            raise UsageError(f"{tag} has {key}={data[key]!r}, which is of the wrong type")
+    required = {f.name for f in dataclasses.fields(cls) if f.init and f.default is dataclasses.MISSING}
+    if missing := required - set(values):
+        raise UsageError(f"{tag} lacks its {sorted(missing)[0]!r}")
+    result: Any = cls(**values)
+    return result
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a field of this type may hold this value: exactly, so that neither True nor 4.0 is an int."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return type(value) in (get_args(hint) or (hint,))

@@ -1,7 +1,7 @@
 """Train the demo model that ships in quantailor/assets/demo:   python scripts/train_demo_model.py
 
 A 0.9 M parameter Llama and its byte-level BPE tokenizer, from scratch, on the documentation that Python itself carries,
-so that `quantailor demo` needs no download and its licence is nobody else's business. Takes a quarter of an hour on
+so that `quantailor demo` needs no download and its licence is nobody else's business. Takes some twenty minutes of
 one core. The aim is the best model that time buys: an undertrained model has slack, and hides what quantization costs.
 """
 

@@ -25,8 +25,9 @@ def check(
 
     parity = api.check(folder)
     lines = [
-        f"{parity.layers} layers, {parity.integers:,} integers: {'all equal' if not parity.differing else 'NOT all equal'}",
-        f"largest logit difference {parity.max_logit_difference:.2g} of the largest logit (allowed {parity.tolerance:g}), "
+        f"{parity.layers} layers, {parity.integers:,} integers: {'NOT ' if parity.differing else ''}all equal",
+        f"largest logit difference {parity.max_logit_difference:.2g} of the largest logit "
+        f"(allowed {parity.tolerance:g}), "
         f"likeliest token or class {'the same' if parity.top1_equal else 'NOT the same'} everywhere",
         *(f"{name}: {what} differ" for name, what in parity.differing.items()),
     ]

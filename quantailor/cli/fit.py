@@ -54,23 +54,41 @@ def fit(
     from quantailor import api
 
     goal = api.Goal(
-        tolerance=o.share(tolerance), minutes=minutes, calibration=samples, short_steps=max(1, steps // 4), long_steps=steps, control=control,
+        tolerance=o.share(tolerance),
+        minutes=minutes,
+        calibration=samples,
+        short_steps=max(1, steps // 4),
+        long_steps=steps,
+        control=control,
         settings=api.Settings(learning_rate=learning_rate, batch_size=batch_size, seed=seed),
-    )  # fmt: skip
+    )
     result = api.fit(
-        model, data, scheme, out, eval_data=eval_data, goal=goal, rules=o.rules(rule), ragged=not no_ragged, context=context,
-        overwrite=overwrite, format=format, progress=progress(quiet),
-    )  # fmt: skip
+        model,
+        data,
+        scheme,
+        out,
+        eval_data=eval_data,
+        goal=goal,
+        rules=o.rules(rule),
+        ragged=not no_ragged,
+        context=context,
+        overwrite=overwrite,
+        format=format,
+        progress=progress(quiet),
+    )
     report = result.data
     final = report["final"]
     text = (
-        f"{result.verdict}: {report['metric']} {report['float']['value']:.4f} -> {final['value']:.4f} ({final['loss']:+.2%}), "
-        f"{report['float_size_bytes']:,} -> {report['size_bytes']:,} bytes, {report['bits_per_weight']:.2f} bits a weight; "
+        f"{result.verdict}: {report['metric']} {report['float']['value']:.4f} -> {final['value']:.4f} "
+        f"({final['loss']:+.2%}), "
+        f"{report['float_size_bytes']:,} -> {report['size_bytes']:,} bytes, "
+        f"{report['bits_per_weight']:.2f} bits a weight; "
         f"parity {'equal' if report['check']['equal'] else 'NOT equal'}; saved to {out}, read {out / 'report.md'}"
     )
     o.show(result.to_json(), text, json)
     if not result.meets:
         raise Infeasible(
-            f"no way that was tried stays within {goal.tolerance:.2%} (best: {final['loss']:+.2%}); the best is saved in {out}. "
+            f"no way that was tried stays within {goal.tolerance:.2%} (best: {final['loss']:+.2%}); "
+            f"the best is saved in {out}. "
             "Allow more --minutes or --steps, a larger --tolerance, or a scheme with more bits"
         )

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Annotated
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fit Transformers to fewer bits: PTQ where it is enough, QAT where it is not, and a proof of what is served.",
 )
-for name, command in {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "quantize": quantize,
     "train": train,
@@ -42,7 +43,8 @@ for name, command in {
     "generate": generate,
     "schemes": schemes,
     "demo": demo,
-}.items():
+}
+for name, command in _COMMANDS.items():
     app.command(name)(command)
 
 

@@ -39,9 +39,17 @@ def quantize(
     check_out(out, overwrite=overwrite, inputs=[model])
     bars = progress(quiet)
     quantized = api.quantize(
-        model, scheme, method=method, data=data, samples=samples, context=context, rules=o.rules(rule), ragged=not no_ragged,
-        seed=seed, progress=bars,
-    )  # fmt: skip
+        model,
+        scheme,
+        method=method,
+        data=data,
+        samples=samples,
+        context=context,
+        rules=o.rules(rule),
+        ragged=not no_ragged,
+        seed=seed,
+        progress=bars,
+    )
     state = quantized.state
     assert state is not None
     bars.say(str(state.inventory))
@@ -59,5 +67,6 @@ def quantize(
         "notes": state.notes,
         "inventory": [entry.to_json() for entry in state.inventory],
     }
-    text = f"{state.scheme} by {state.method}: {document['size_bytes']:,} bytes, {document['bits_per_weight']:.2f} bits a weight; saved to {out}"
+    size = f"{document['size_bytes']:,} bytes, {document['bits_per_weight']:.2f} bits a weight"
+    text = f"{state.scheme} by {state.method}: {size}; saved to {out}"
     o.show(document, text, json)

@@ -57,13 +57,28 @@ def train(
     inputs = [p for p in (model, data, eval_data) if p is not None]
     check_out(out, overwrite=overwrite, inputs=inputs)
     settings = api.Settings(
-        steps=steps, learning_rate=learning_rate, scale_learning_rate=scale_learning_rate, batch_size=batch_size, accumulate=accumulate,
-        task_weight=task_weight, seed=seed,
-    )  # fmt: skip
+        steps=steps,
+        learning_rate=learning_rate,
+        scale_learning_rate=scale_learning_rate,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        task_weight=task_weight,
+        seed=seed,
+    )
     trained = api.train(
-        model, data, scheme=scheme, eval_data=eval_data, teacher=None if teacher == "none" else teacher, settings=settings, method=method,
-        samples=samples, context=context, rules=o.rules(rule), ragged=not no_ragged, progress=progress(quiet),
-    )  # fmt: skip
+        model,
+        data,
+        scheme=scheme,
+        eval_data=eval_data,
+        teacher=None if teacher == "none" else teacher,
+        settings=settings,
+        method=method,
+        samples=samples,
+        context=context,
+        rules=o.rules(rule),
+        ragged=not no_ragged,
+        progress=progress(quiet),
+    )
     api.save(trained, out, overwrite=overwrite, format=format, inputs=inputs)
     report = trained.training
     assert report is not None
@@ -80,7 +95,8 @@ def train(
         "notes": trained.notes,
     }
     text = (
-        f"{document['scheme']}: score {report.start[0]:.4f} -> {report.best[0]:.4f} (lower is better; best at step {report.best_step} of {report.steps}); "
+        f"{document['scheme']}: score {report.start[0]:.4f} -> {report.best[0]:.4f} "
+        f"(lower is better; best at step {report.best_step} of {report.steps}); "
         f"saved to {out}"
     )
     o.show(document, "\n".join([text, *(f"note: {n}" for n in trained.notes)]), json)

@@ -63,7 +63,8 @@ def choose_format(inventory: Inventory, wanted: str | None) -> tuple[layout.Form
     reason = layout.why_not_compressed_tensors(inventory)
     if wanted == "compressed-tensors" and reason:
         raise UsageError(
-            f"compressed-tensors cannot hold this model: {reason}; leave --format out, or change that layer's scheme by a rule"
+            f"compressed-tensors cannot hold this model: {reason}; "
+            "leave --format out, or change that layer's scheme by a rule"
         )
     if wanted == "quantailor" or reason:
         return "quantailor", reason or "asked for"
@@ -157,25 +158,26 @@ def _tensors(model: nn.Module, state: State, chosen: layout.Format) -> tuple[dic
     biases: set[str] = set()
     conv: dict[str, dict[str, Any]] = {}
     stores: dict[int, PackedWeight] = {}
-    names = {name for name, module in model.named_modules() if isinstance(module, FAKE_QUANT + PACKED)}
+    names = [name for name, module in model.named_modules() if isinstance(module, FAKE_QUANT + PACKED)]
     for name in names:
         module = model.get_submodule(name)
+        twin: Any
         if isinstance(module, FAKE_QUANT):
             _check_calibrated(name, module)
-            twin = packed(module, stores.get(id(module.weight_quantizer)))  # type: ignore[arg-type]
-            first = id(module.weight_quantizer) not in stores
-            stores[id(module.weight_quantizer)] = twin.packed
+            key = id(module.weight_quantizer)
+            twin = packed(module, stores.get(key))
         else:
-            twin = module  # type: ignore[assignment]
-            first = id(twin.packed) not in stores
-            stores[id(twin.packed)] = twin.packed
+            twin = module
+            key = id(twin.packed)
+        first = key not in stores
+        stores[key] = twin.packed
         shapes[name] = (twin.packed.out_features, twin.packed.in_features)
         if hasattr(twin, "settings"):
             conv[name] = twin.settings
         if twin.bias is not None:
             biases.add(name)
             result[f"{name}.bias"] = twin.bias
-        buffers = {k: v for k, v in twin.packed.named_buffers()}
+        buffers = dict(twin.packed.named_buffers())
         if chosen == "compressed-tensors":
             scheme = state.inventory.quantized[name]
             result |= layout.to_compressed_tensors(name, buffers, scheme, twin.packed.in_features)
@@ -184,9 +186,9 @@ def _tensors(model: nn.Module, state: State, chosen: layout.Format) -> tuple[dic
             result |= {f"{name}.packed.{k}": v for k, v in buffers.items()}
         result |= {f"{name}.{k}": getattr(twin, k) for k in ("input_scale", "output_scale") if hasattr(twin, k)}
     inside = tuple(f"{name}." for name in names)
-    for key, tensor in model.state_dict().items():
-        if not key.startswith(inside):
-            result[key] = tensor
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(inside):
+            result[name] = tensor
     return result, {"shapes": shapes, "bias": biases, "conv": conv}
 
 
@@ -194,7 +196,8 @@ def _check_calibrated(name: str, module: Any) -> None:
     for quantizer in (module.input_quantizer, module.output_quantizer):
         if quantizer is not None and not quantizer.spec.dynamic and not bool(quantizer.calibrated):
             raise QuantailorError(
-                f"{name}: its static activation scale was never calibrated; give calibration data, or use dynamic scales"
+                f"{name}: its static activation scale was never calibrated; "
+                "give calibration data, or use dynamic scales"
             )
 
 
@@ -250,16 +253,13 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     config.quantization_config = quantization.to_dict()
     _check_grids(folder, state_dict)
     try:
-        model, info = (
-            _CLASSES[task]
-            ._model_mapping[type(config)]
-            .from_pretrained(
-                None,
-                config=config,
-                state_dict=state_dict,
-                dtype=config.dtype or torch.float32,
-                output_loading_info=True,
-            )
+        architecture: Any = _CLASSES[task]._model_mapping[type(config)]  # type: ignore[index]
+        model, info = architecture.from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            dtype=config.dtype or torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -58,7 +58,7 @@ def _is_plain_int8(spec: QuantSpec) -> bool:
 
 
 def compressed_tensors_config(inventory: Inventory) -> dict[str, Any]:
-    """The `quantization_config` that says the inventory. Modules are named exactly, so that none is caught by chance."""
+    """The `quantization_config` that says the inventory. Modules are named exactly: none is caught by chance."""
     schemes: dict[Scheme, list[str]] = {}
     for name, scheme in inventory.quantized.items():
         schemes.setdefault(scheme, []).append(name)

@@ -33,7 +33,8 @@ FORMAT_VERSION = 1
 class QuantailorConfig(QuantizationConfigMixin):
     """`quantization_config` of our own layout: a scheme a layer, by exact name.
 
-    `schemes`: JSON of each scheme; `layers`: name -> {"scheme": index, "kind", "shape" [O, N], "bias", "conv", "tied_to"}.
+    `schemes`: JSON of each scheme; `layers`: name -> {"scheme": index, "kind", "shape" [O, N], "bias", and where they
+    apply "conv", "tied_to"}.
     """
 
     def __init__(
@@ -146,8 +147,8 @@ def register() -> None:
     """Make transformers know our layout; a second call does nothing."""
     if "quantailor" in CONFIG_MAPPING:
         return
-    as_config: Callable[[type], type] = register_quantization_config("quantailor")  # type: ignore[no-untyped-call]
-    as_quantizer: Callable[[type], type] = register_quantizer("quantailor")  # type: ignore[no-untyped-call]
+    as_config: Callable[[type], type] = register_quantization_config("quantailor")
+    as_quantizer: Callable[[type], type] = register_quantizer("quantailor")
     as_config(QuantailorConfig)
     as_quantizer(QuantailorQuantizer)
     AutoConfig.register("quantailor", _Wrapper)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from quantailor.spec import NF4, Grid, Int
 
+_EXACT_RUN = 1024  # products of at most 2^14 that float32 sums exactly: 2^24 / 2^14
+
 
 @dataclass(frozen=True)
 class IntegerWeight:
@@ -46,8 +48,12 @@ def int_matmul(x_q_TN: Tensor, w_q_ON: Tensor) -> Tensor:
 
 
 def float_matmul(x_q_TN: Tensor, w_q_ON: Tensor) -> Tensor:
-    """The same product of integer-valued floats: exact while every partial sum stays below 2^24."""
-    return x_q_TN.float() @ w_q_ON.float().t()
+    """The same product of integer-valued floats, summed a run at a time so that every partial sum is exact."""
+    x, w = x_q_TN.float(), w_q_ON.float()
+    if x.shape[1] <= _EXACT_RUN:
+        return x @ w.t()
+    parts = zip(x.split(_EXACT_RUN, dim=1), w.split(_EXACT_RUN, dim=1))
+    return sum((a @ b.t()).double() for a, b in parts).float()
 
 
 def int_linear(
@@ -61,8 +67,8 @@ def int_linear(
 
     Shapes: `x_q` [..., N] integers; `x_scale` [..., 1], or [1] for all; `bias` [O] or None. Returns float32 [..., O].
     """
-    flat = x_q.flatten(0, -2)
-    length = flat.shape[1]
+    length = x_q.shape[-1]
+    flat = x_q.reshape(-1, length)
     size = length if weight.group_size is None else weight.group_size
     y = torch.zeros((), device=flat.device)
     for group, start in enumerate(range(0, length, size)):
@@ -73,7 +79,7 @@ def int_linear(
         y = y + part * weight.scale[:, group]
     y = y * (x_scale.reshape(-1, 1) if x_scale.numel() > 1 else x_scale.reshape(1))
     y = y if bias is None else y + bias
-    return y.unflatten(0, x_q.shape[:-1])
+    return y.reshape(*x_q.shape[:-1], y.shape[1])
 
 
 def int_linear_reference(x_q: Tensor, x_scale: Tensor, weight: IntegerWeight, bias: Tensor | None) -> Tensor:

@@ -106,6 +106,7 @@ def unpacked(
     source: nn.Module
     if isinstance(module, QuantEmbedding):
         source = nn.Embedding(store.out_features, store.in_features, device="meta")
+        dense = dense.to(module.dtype)
     elif isinstance(module, QuantLinear):
         source = nn.Linear(store.in_features, store.out_features, bias=module.bias is not None, device="meta")
     else:

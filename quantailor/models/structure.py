@@ -25,9 +25,11 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module called `name` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """Put `new` wherever the module called `name` hangs: a shared one stays shared."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child in [child for child, module in parent._modules.items() if module is old]:
+            setattr(parent, child, new)
 
 
 def modules_of(model: nn.Module, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:

@@ -81,7 +81,7 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         x_hat, w_hat = self._in(x), self.fake_weight()
         if not self._on_integers:
-            return self._out(F.linear(x_hat, w_hat, self.bias))
+            return self._out(F.linear(x_hat, w_hat.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
         assert self.input_quantizer is not None and self.weight_quantizer is not None
         x_q, x_scale = self.input_quantizer.integers(x)
         weight = self.weight_quantizer.integer_weight(self.weight)
@@ -118,7 +118,8 @@ class FakeQuantConv2d(_FakeQuant, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._in(x.flatten(-3)).view_as(x)
-        return self._out(self._conv_forward(x, self.fake_weight(), self.bias))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._out(self._conv_forward(x, self.fake_weight().to(x.dtype), bias))
 
 
 class FakeQuantEmbedding(_FakeQuant, nn.Embedding):

@@ -27,15 +27,16 @@ class _IntegerForward(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_hat, w_hat)
         ctx.has_bias = bias is not None  # type: ignore[attr-defined]
-        return int_linear(x_q, x_scale, weight, bias, matmul=float_matmul).to(x_hat.dtype)
+        with torch.autocast(x_hat.device.type, enabled=False):  # an integer sum is not to be rounded to bfloat16
+            return int_linear(x_q, x_scale, weight, bias, matmul=float_matmul).to(x_hat.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x_hat, w_hat = ctx.saved_tensors  # type: ignore[attr-defined]
-        flat = grad.flatten(0, -2)
+        flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad @ w_hat.to(grad.dtype) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        grad_w = flat.t() @ x_hat.flatten(0, -2).to(grad.dtype) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        grad_w = flat.t() @ x_hat.reshape(-1, x_hat.shape[-1]).to(grad.dtype) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
         grad_bias = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None  # type: ignore[attr-defined]
         return grad_x, grad_w, grad_bias, None, None, None
 

@@ -73,8 +73,8 @@ class PackedWeight(nn.Module):
             buffers["q"].copy_(q_ON)
         else:
             buffers["words"].copy_(pack(q_ON.to(torch.int16) - grids.lowest(self.spec.grid), self.spec.grid.bits))
-        if quantizer.double is not None:
-            for name, value in zip(("scale_codes", "scale_second", "scale_mean"), quantizer.double):
+        if quantizer.doubled is not None:
+            for name, value in zip(("scale_codes", "scale_second", "scale_mean"), quantizer.doubled):
                 buffers[name].copy_(value)
         else:
             buffers["scale"].copy_(scale_OG1.squeeze(-1))
@@ -178,14 +178,20 @@ class QuantLinear(_Quant):
 
 
 class QuantEmbedding(_Quant):
-    """Rows dequantized as they are looked up.   index [*] -> [*, N]"""
+    """Rows dequantized as they are looked up.   index [*] -> [*, N] in `dtype`, the model's"""
+
+    def __init__(
+        self, scheme: Scheme, packed: PackedWeight, bias: Tensor | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(scheme, packed, bias)
+        self.dtype = dtype
 
     @property
     def weight(self) -> Tensor:
         return self.packed.dequantize()
 
     def forward(self, index: Tensor) -> Tensor:
-        return self.packed.dequantize(index.flatten()).unflatten(0, index.shape)
+        return self.packed.dequantize(index.flatten()).to(self.dtype).unflatten(0, index.shape)
 
 
 class QuantConv2d(_Quant):
@@ -219,7 +225,7 @@ def packed(source: FakeQuant, weight: PackedWeight | None = None) -> QuantLinear
     if isinstance(source, FakeQuantLinear):
         result = QuantLinear(source.scheme, weight, bias)
     elif isinstance(source, FakeQuantEmbedding):
-        result = QuantEmbedding(source.scheme, weight, None)
+        result = QuantEmbedding(source.scheme, weight, None, source.weight.dtype)
     else:
         result = QuantConv2d(source.scheme, weight, bias, conv_settings(source))
     for name, activations in (("input_scale", source.input_quantizer), ("output_scale", source.output_quantizer)):

@@ -84,7 +84,7 @@ class WeightQuantizer(nn.Module):
         self.base_scale.copy_(checked_scale(nf4.double_dequantize(codes, second, mean).unsqueeze(-1)))
 
     @property
-    def double(self) -> tuple[Tensor, ...] | None:
+    def doubled(self) -> tuple[Tensor, ...] | None:
         """(codes, second, mean) where scales are quantized twice."""
         buffers = dict(self.named_buffers())
         names = ("scale_codes", "scale_second", "scale_mean")

@@ -72,14 +72,14 @@ def scale_zero_point(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric:
     """The scale and integer zero point that map [low, high] onto the grid; 0 is always representable.
 
     Symmetric: scale = max(|low|, |high|) / ((qmax - qmin) / 2), so that the far end is at most half a step outside
-    (the convention of compressed-tensors). A range of width 0 gets scale 1, so that it quantizes to 0 exactly.
+    (the convention of compressed-tensors). A range of width 0 gets scale 1, so that it quantizes to 0 exactly; one so
+    wide that its outer level would be infinite gets the largest scale whose levels are not.
     Shapes: `low`, `high` [*], any shape. Returns scale [*] in their dtype, zero_point int32 [*].
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if symmetric:
-        scale = torch.maximum(-low, high) / ((qmax - qmin) / 2)
-    else:
-        scale = (high - low) / (qmax - qmin)
+    scale = torch.maximum(-low, high) / ((qmax - qmin) / 2) if symmetric else (high - low) / (qmax - qmin)
+    farthest = (qmax - qmin + 2) // 2 if symmetric else qmax - qmin + 1  # steps from 0 to the outer level, or more
+    scale = scale.clamp(max=torch.finfo(scale.dtype).max / farthest)
     # A denormal range has a reciprocal that overflows: it is a zero as far as a grid is concerned.
     scale = torch.where(torch.isfinite(scale.reciprocal()), scale, torch.ones_like(scale))
     if symmetric:

@@ -33,10 +33,10 @@ _E4M3_MAX = 448.0
 
 
 def encode(x: Tensor, absmax: Tensor) -> Tensor:
-    """Index of the nearest level. Shapes: `x` [*], `absmax` broadcastable. Returns uint8 [*], 0 .. 15."""
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
+    """Index of the nearest level, in absmax.dtype. Shapes: `x` [*], `absmax` broadcastable. Returns uint8 [*]."""
+    levels = torch.tensor(LEVELS, dtype=absmax.dtype, device=x.device)
     boundaries = (levels[1:] + levels[:-1]) / 2
-    return torch.bucketize((x.float() / absmax).contiguous(), boundaries).to(torch.uint8)
+    return torch.bucketize((x.to(absmax.dtype) / absmax).contiguous(), boundaries).to(torch.uint8)
 
 
 def decode(q: Tensor, absmax: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def decode(q: Tensor, absmax: Tensor) -> Tensor:
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the scales themselves. `absmax` [*] -> codes uint8 [*] (E4M3 bits), scales [ceil(n/256)], mean [1]."""
     flat = absmax.float().flatten()
-    mean = flat.mean()
+    mean = flat.double().mean().float()
     blocks = torch.nn.functional.pad(flat - mean, (0, -flat.numel() % SECOND_BLOCK)).unflatten(0, (-1, SECOND_BLOCK))
     second = blocks.abs().amax(1) / _E4M3_MAX
     second = torch.where(second > 0, second, torch.ones_like(second))
@@ -57,6 +57,11 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def double_dequantize(codes: Tensor, second: Tensor, mean: Tensor) -> Tensor:
-    """The scales that `double_quantize` stored. Returns float32, the shape of `codes`."""
+    """The scales that `double_quantize` stored. Returns float32, the shape of `codes`.
+
+    Error: at most 1/16 of a scale's distance from the mean; one that would fall to 0 or below is the smallest positive
+    normal number instead.
+    """
     values = codes.flatten().view(torch.float8_e4m3fn).float()
-    return (values * second.repeat_interleave(SECOND_BLOCK)[: values.numel()] + mean).reshape(codes.shape)
+    values = values * second.repeat_interleave(SECOND_BLOCK)[: values.numel()] + mean
+    return values.clamp(min=torch.finfo(torch.float32).tiny).reshape(codes.shape)

@@ -18,6 +18,19 @@ from quantailor.numerics import affine
 from quantailor.spec import Int, RangeMethod
 
 
+def rows_that_count(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` [..., N] -> its rows [T, N], without those that `mask`, of `x`'s leading axes, rules out.
+
+    Rows that the model has flattened are still its rows; a mask of other rows (of tokens, where `x` is pooled) counts
+    for nothing.
+    """
+    if mask is not None and mask.dim() < x.dim() and mask.shape == x.shape[: mask.dim()]:
+        x = x[mask.bool()]
+    elif mask is not None and x.dim() == 2 and mask.numel() == len(x):
+        x = x[mask.flatten().bool()]
+    return x.reshape(-1, x.shape[-1])
+
+
 class Observer:
     """Base: per-tensor statistics. Subclasses fold a batch's values [n] into their state."""
 
@@ -26,10 +39,8 @@ class Observer:
         self.rejected = 0
 
     def observe(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Fold one batch in. `x` [..., N]; `mask` [...] of `x`'s leading axes, true where a row counts."""
-        x = x.detach()
-        values = x[mask.bool()] if mask is not None and mask.shape == x.shape[: mask.dim()] else x
-        values = values.float().flatten()
+        """Fold one batch in. `x` [..., N]; `mask` [...] of its rows, true where one counts."""
+        values = rows_that_count(x.detach(), mask).float().flatten()
         if not values.numel():
             return
         self.batches += 1
@@ -39,7 +50,7 @@ class Observer:
         self._fold(values)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """(low, high), 0-d float32. Raises: UntrustedInput if nothing was seen or over 1 % of batches were not finite."""
+        """(low, high), 0-d float32. Raises: UntrustedInput if none was seen or over 1 % of batches not finite."""
         if self.rejected > 0.01 * self.batches:
             raise UntrustedInput(
                 f"{self.rejected} of {self.batches} calibration batches held NaN or Inf activations (limit 1 %); "

@@ -40,9 +40,9 @@ def _search(w: Tensor, h: Tensor, count: Tensor, spec: QuantSpec) -> tuple[Tenso
     if isinstance(grid, NF4):
         return _safe(w.abs().amax(-1, keepdim=True)), none
     if isinstance(grid, Ternary):  # BitNet b1.58, arXiv:2402.17764, Eq. 3: gamma = mean |W|
-        return _safe(w.abs().sum(-1, keepdim=True) / count), none
+        return _safe(w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count), none
     if isinstance(grid, Binary):  # XNOR-Net, arXiv:1603.05279, Eq. 6: alpha = mean |W|; levels are half steps
-        return _safe(2 * w.abs().sum(-1, keepdim=True) / count), none
+        return _safe(2 * w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count), none
     scale, zero_point = _candidate(w, spec.grid, 1.0)
     if spec.range == "minmax":
         return scale, zero_point
@@ -85,4 +85,6 @@ def _error(w: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, grid: Int | 
 
 
 def _safe(scale: Tensor) -> Tensor:
+    """float32; 1 where it is 0 or its reciprocal overflows, finite where it would overflow itself."""
+    scale = scale.clamp(max=torch.finfo(torch.float32).max).float()
     return torch.where(torch.isfinite(scale.reciprocal()), scale, torch.ones_like(scale))

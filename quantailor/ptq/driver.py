@@ -26,6 +26,7 @@ from quantailor.ptq.method import Method
 from quantailor.ptq.statistics import Statistics, rows_of
 
 Batch = Mapping[str, Tensor]
+_SOLVED_ON_DATA = (FakeQuantLinear, FakeQuantConv2d)  # an embedding has no input to take statistics of
 
 
 class _Stop(Exception):
@@ -49,18 +50,22 @@ def calibrate(
     was_training = model.training
     model.eval()
     work = _Calibration(model, batches, methods, state)
-    names = [(prefix, block) for prefix, block in blocks(model) if any(True for _ in modules_of(block, FAKE_QUANT))]
-    covered: set[str] = set()
     with (progress or Progress()).task("calibrating", sum(1 for _ in modules_of(model, FAKE_QUANT))) as advance:
         for name, module in modules_of(model, FakeQuantEmbedding):
             work.solve(name, module, None)  # type: ignore[arg-type]
-            covered.add(name)
             advance(1)
-        if names and names[0][0]:
-            covered |= work.walk(names, advance)
-        rest = [name for name, _ in modules_of(model, FAKE_QUANT) if name not in covered]
-        if rest:  # a model without blocks, or a head that a rule quantizes
-            work.whole_model(rest, advance)
+        chain = work.chain()
+        inside = {f"{prefix}.{name}" for prefix, block in chain for name, _ in modules_of(block, _SOLVED_ON_DATA)}
+        outside = [name for name, _ in modules_of(model, _SOLVED_ON_DATA) if name not in inside]
+        if inside and outside:
+            order = work.order([*inside, *outside])
+            before = order[: next((i for i, n in enumerate(order) if n in inside), 0)]
+            work.whole_model(before, advance)
+            outside = [n for n in outside if n not in before]
+        if inside:
+            work.walk(chain, advance)
+        if outside:  # a model without blocks, or a head that a rule quantizes
+            work.whole_model(outside, advance)
     model.train(was_training)
     return state
 
@@ -73,40 +78,75 @@ class _Calibration:
         device = device_of(model)
         self.batches = [{k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in batches]
         self.masks = [batch.get("attention_mask") for batch in self.batches]
+        self.runs = [lambda batch=batch: self.model(**batch) for batch in self.batches]
+        self.solved: dict[int, str] = {}  # id of a weight's quantizer -> the layer it was solved for
+        self.final: set[int] = set()  # ids of quantizers that compute on their grid from now on
 
-    def walk(self, named_blocks: list[tuple[str, nn.Module]], advance: Callable[[int], None]) -> set[str]:
-        """Blocks in order. Returns the names of the layers that were solved."""
+    def chain(self) -> list[tuple[str, nn.Module]]:
+        """The blocks from the first with a layer to solve to the last; none where they cannot be run by themselves."""
+        found = blocks(self.model)
+        busy = [i for i, (_, block) in enumerate(found) if any(True for _ in modules_of(block, _SOLVED_ON_DATA))]
+        if not busy or not found[0][0]:
+            return []
+        found = found[busy[0] : busy[-1] + 1]
+        if self._is_chain([block for _, block in found]):
+            return found
+        self.state.notes.append(
+            f"the blocks from {found[0][0]} to {found[-1][0]} do not just feed one another: "
+            "each layer was calibrated by passes of the whole model"
+        )
+        return []
+
+    def _is_chain(self, modules: list[nn.Module]) -> bool:
+        """Whether each block runs once a pass, in this order, on the very output of the one before."""
+        called: list[int] = []
+        fed = True
+        last: Any = None
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            nonlocal fed, last
+            fed = fed and (not called or _call(args, kwargs)[0] is last)
+            called.append(id(module))
+            last = result[0] if isinstance(result, tuple) else result
+
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
+        try:
+            self.runs[0]()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return fed and called == [id(m) for m in modules]
+
+    def order(self, names: list[str]) -> list[str]:
+        """The layers in the order they run."""
+        return [name for unit in _units({n: self.model.get_submodule(n) for n in names}, self.runs)[0] for name in unit]
+
+    def walk(self, named_blocks: list[tuple[str, nn.Module]], advance: Callable[[int], None]) -> None:
+        """Blocks in order."""
         hidden, calls = self._capture([block for _, block in named_blocks])
-        solved: set[str] = set()
         for index, (prefix, block) in enumerate(named_blocks):
             runs = [_Run(block, hidden[i], calls[i][index]) for i in range(len(self.batches))]
-            inside = {f"{prefix}.{name}": module for name, module in modules_of(block, FAKE_QUANT)}
-            inside = {n: m for n, m in inside.items() if not isinstance(m, FakeQuantEmbedding)}
+            inside = {f"{prefix}.{name}": module for name, module in modules_of(block, _SOLVED_ON_DATA)}
             self._solve_units(inside, runs, advance)
-            solved |= set(inside)
             for i, run in enumerate(runs):
-                hidden[i] = run()
-                for call in calls[i][index]:
-                    call.clear()  # what only this block needed is free now
-        return solved
+                if block is not named_blocks[-1][1]:
+                    hidden[i] = run()
+                calls[i][index].clear()  # what only this block needed is free now
 
     def whole_model(self, names: list[str], advance: Callable[[int], None]) -> None:
         """Layers outside the blocks, or a model without blocks: statistics by whole forward passes."""
-        inside = {name: self.model.get_submodule(name) for name in names}
-        self._solve_units(inside, [lambda batch=batch: self.model(**batch) for batch in self.batches], advance)
+        self._solve_units({name: self.model.get_submodule(name) for name in names}, self.runs, advance)
 
     def _solve_units(
         self, inside: dict[str, nn.Module], runs: Sequence[Callable[[], Any]], advance: Callable[[int], None]
     ) -> None:
-        with _weights_float(inside.values(), except_for=()):
-            units = _units(inside, runs[0])
-        done: list[nn.Module] = []
+        with _in_float(inside.values(), except_for=self.final):
+            units, repeated = _units(inside, runs)
         for unit in units:
-            with _weights_float(inside.values(), except_for=done):
-                statistics = self._observe({name: inside[name] for name in unit}, runs)
+            with _in_float(inside.values(), except_for=self.final):
+                statistics = self._observe({n: inside[n] for n in unit}, runs, stop=repeated.isdisjoint(unit))
             for name in unit:
                 self.solve(name, inside[name], statistics)  # type: ignore[arg-type]
-                done.append(inside[name])
                 advance(1)
         seen = {name for unit in units for name in unit}
         for name in inside:
@@ -115,8 +155,11 @@ class _Calibration:
                 self.solve(name, inside[name], None)  # type: ignore[arg-type]
                 advance(1)
 
-    def _observe(self, unit: dict[str, nn.Module], runs: Sequence[Callable[[], Any]]) -> Statistics:
-        """Statistics of the unit's shared input over all batches, and ranges for its static input quantizers."""
+    def _observe(self, unit: dict[str, nn.Module], runs: Sequence[Callable[[], Any]], stop: bool) -> Statistics:
+        """Statistics of the unit's shared input over all batches, and ranges for its static quantizers.
+
+        `stop`: a pass may end once the unit has run, since it runs only once.
+        """
         first_name, first = next(iter(unit.items()))
         full = any(self.methods(name).needs_hessian for name in unit) and getattr(first, "groups", 1) == 1
         statistics = Statistics.empty(first.weight_ON.shape[1], full, first.weight.device)  # type: ignore[union-attr,index,arg-type]
@@ -129,8 +172,9 @@ class _Calibration:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             statistics.add(rows_of(args[0], module, current["mask"]))
 
-        handle = first.register_forward_pre_hook(hook)
-        last = list(unit.values())[-1].register_forward_hook(_stop)
+        handles = [first.register_forward_pre_hook(hook)]
+        if stop:
+            handles.append(list(unit.values())[-1].register_forward_hook(_stop))
         try:
             for run, mask in zip(runs, self.masks):
                 current["mask"] = mask
@@ -138,8 +182,8 @@ class _Calibration:
                     quantizer.mask = mask
                 _run_until_stop(run)
         finally:
-            handle.remove()
-            last.remove()
+            for handle in handles:
+                handle.remove()
         statistics.check(first_name)
         for quantizer in (*quantizers, *outputs):
             quantizer.mask = None
@@ -147,9 +191,14 @@ class _Calibration:
         return statistics
 
     def solve(self, name: str, module: FakeQuant, statistics: Statistics | None) -> None:
-        """Integers for one layer, set into its module, with a line for the receipt."""
+        """Integers for one layer, set into its module, with a line for the receipt. A tied weight is solved once."""
         quantizer = module.weight_quantizer
+        self.final |= {id(q) for q in (quantizer, module.input_quantizer, module.output_quantizer)}
         if quantizer is None:
+            return
+        first = self.solved.setdefault(id(quantizer), name)
+        if first != name:
+            self.state.layers[name] = {**self.state.layers[first], "tied_to": first}
             return
         weight = module.weight_ON.detach().float()
         solution = self.methods(name).solve(weight, statistics, quantizer.spec)
@@ -174,17 +223,16 @@ class _Calibration:
         calls: list[list[list[Any]]] = []
 
         def first_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden.append(args[0] if args else kwargs["hidden_states"])
+            hidden.append(_call(args, kwargs)[0])
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rest = {k: v for k, v in kwargs.items() if k != "hidden_states" or args}
-            calls[-1].append([list(args[1:]), rest])
+            calls[-1].append(_call(args, kwargs)[1])
 
         handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
         handles.append(modules[0].register_forward_pre_hook(first_hook, with_kwargs=True))
         try:
-            layers = [m for _, m in modules_of(self.model, FAKE_QUANT) if not isinstance(m, FakeQuantEmbedding)]
-            with _weights_float(layers, except_for=()):
+            layers = [m for _, m in modules_of(self.model, FAKE_QUANT)]
+            with _in_float(layers, except_for=self.final):
                 for batch in self.batches:
                     calls.append([])
                     self.model(
@@ -208,6 +256,14 @@ class _Run:
         return result[0] if isinstance(result, tuple) else result
 
 
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """What a block works on, and [the rest of its arguments, by name the rest]."""
+    if args:
+        return args[0], [list(args[1:]), dict(kwargs)]
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return kwargs[name], [[], {key: value for key, value in kwargs.items() if key != name}]
+
+
 def _takes_cache(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "use_cache", False))
 
@@ -224,13 +280,15 @@ def _run_until_stop(run: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def _weights_float(modules: Any, except_for: Sequence[nn.Module]) -> Iterator[None]:
-    """Layers not solved yet compute in float, so that their unsolved grids do not disturb what is calibrated."""
+def _in_float(modules: Any, except_for: set[int]) -> Iterator[None]:
+    """Layers not solved yet compute in float, so that their unsolved grids do not disturb what is calibrated.
+
+    `except_for`: ids of the quantizers that stay on; one of them may serve two modules whose weights are tied.
+    """
     switched = []
-    keep = {id(m) for m in except_for}
     for module in modules:
         for quantizer in (module.weight_quantizer, module.input_quantizer, module.output_quantizer):
-            if quantizer is not None and id(module) not in keep and quantizer.enabled:
+            if quantizer is not None and id(quantizer) not in except_for and quantizer.enabled:
                 quantizer.enabled = False
                 switched.append(quantizer)
     try:
@@ -240,15 +298,23 @@ def _weights_float(modules: Any, except_for: Sequence[nn.Module]) -> Iterator[No
             quantizer.enabled = True
 
 
-def _units(inside: dict[str, nn.Module], run: Callable[[], Any]) -> list[list[str]]:
-    """Layer names in the order they run, those called with the very same tensor together."""
+def _units(inside: dict[str, nn.Module], runs: Sequence[Callable[[], Any]]) -> tuple[list[list[str]], set[str]]:
+    """Layer names in the order they run, those called with the very same tensor together; and those that ran twice.
+
+    One run shows them, but for layers that only some data reaches, such as an expert: these come from the next runs.
+    """
     order: list[list[str]] = []
     inputs: list[Tensor] = []
     seen: set[str] = set()
+    repeated: set[str] = set()
+    calls: set[str] = set()  # of this run
     handles = []
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in calls:
+                repeated.add(name)
+            calls.add(name)
             if name in seen:
                 return
             seen.add(name)
@@ -263,14 +329,19 @@ def _units(inside: dict[str, nn.Module], run: Callable[[], Any]) -> list[list[st
     for name, module in inside.items():
         handles.append(module.register_forward_pre_hook(hook_for(name)))
     try:
-        run()
+        for run in runs:
+            calls.clear()
+            run()
+            if len(seen) == len(inside):
+                break
     finally:
         for handle in handles:
             handle.remove()
-    convs = {n for n, m in inside.items() if isinstance(m, FakeQuantConv2d)}
-    assert all(isinstance(m, FakeQuantLinear | FakeQuantConv2d) for m in inside.values())
-    split = [[n] for unit in order if convs & set(unit) for n in unit]  # kernels differ: each its own statistics
-    return split + [unit for unit in order if not convs & set(unit)] if convs else order
+    units = []
+    for unit in order:  # the kernels of convolutions differ: each has statistics of its own
+        apart = any(isinstance(inside[name], FakeQuantConv2d) for name in unit)
+        units += [[name] for name in unit] if apart else [unit]
+    return units, repeated
 
 
 def _output_error(weight: Tensor, rounded: Tensor, statistics: Statistics) -> float:

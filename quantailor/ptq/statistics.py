@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantailor.errors import UntrustedInput
+from quantailor.observers.ranges import rows_that_count
 
 
 @dataclass
@@ -62,17 +63,7 @@ def rows_of(x: Tensor, module: nn.Module, mask: Tensor | None) -> Tensor:
     if isinstance(module, nn.Conv2d):
         if module.groups != 1:  # a grouped product has one X^T X a group: only their mean is kept
             x = x.unflatten(1, (module.groups, -1)).flatten(0, 1)
-        columns = F.unfold(x, module.kernel_size, module.dilation, _padding(module), module.stride)  # type: ignore[arg-type]
+        padded = F.pad(x, module._reversed_padding_repeated_twice)  # what `padding` says, "same" included
+        columns = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
         return columns.transpose(1, 2).flatten(0, 1)
-    if mask is not None and mask.shape == x.shape[: mask.dim()]:
-        return x[mask.bool()]
-    rows = x.flatten(0, -2)
-    return rows[mask.flatten().bool()] if mask is not None and mask.numel() == rows.shape[0] else rows
-
-
-def _padding(module: nn.Conv2d) -> tuple[int, ...]:
-    if module.padding == "valid":
-        return (0, 0)
-    if module.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size))
-    return tuple(module.padding)  # type: ignore[arg-type]
+    return rows_that_count(x, mask)

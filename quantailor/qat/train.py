@@ -1,4 +1,4 @@
-"""QAT end to end: from a calibrated model to the best iterate of a training run, never to a worse one than the start."""
+"""QAT end to end: from a calibrated model to the best iterate of a run, never to a worse one than the start."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import TrainingArguments, set_seed
 from quantailor.data.examples import Examples
 from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
+from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
 from quantailor.qat.best import Best, Score
@@ -46,7 +47,7 @@ class TrainReport:
 
 def weight_bits(model: nn.Module) -> int:
     """The lowest number of weight bits in the model, 0 if it is float."""
-    bits = [m.spec.grid.bits for _, m in modules_of(model, WeightQuantizer)]  # type: ignore[union-attr]
+    bits = [m.spec.grid.bits for m in model.modules() if isinstance(m, WeightQuantizer)]
     return min(bits, default=0)
 
 
@@ -59,7 +60,7 @@ def train(
     teacher: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
-    """Train `model` (fake-quantized, or float as the control) in place; it ends at its best iterate, the start included.
+    """Train `model` (fake-quantized, or float as the control) in place, to its best iterate, the start included.
 
     `validate` gives a score, lower is better; it is asked before the first step and `settings.evaluations` times.
     `teacher` None: only the task's loss counts. Raises: QuantailorError if training diverges twice.
@@ -76,9 +77,16 @@ def train(
         arguments = _arguments(folder, settings, rates[0])
         set_seed(settings.seed)
         trainer = QATTrainer(
-            model, arguments, task=examples.task, teacher=teacher, settings=settings, rates=rates,
-            train_dataset=examples.dataset, data_collator=examples.collator, callbacks=[watch],
-        )  # fmt: skip
+            model,
+            arguments,
+            task=examples.task,
+            teacher=teacher,
+            settings=settings,
+            rates=rates,
+            train_dataset=examples.dataset,
+            data_collator=examples.collator,
+            callbacks=[watch],
+        )
         # Trainer's own console printer: figures of ours stand in its place.
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
@@ -94,10 +102,16 @@ def train(
         notes.append(f"{settings.steps} steps found nothing better than the start: the start was kept")
     assert best.score is not None
     return TrainReport(
-        steps=settings.steps, best_step=best.step, start=start, best=best.score, curve=[(0, start), *watch.curve],
-        learning_rate=rates[0], scale_learning_rate=rates[1],
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), notes=notes,
-    )  # fmt: skip
+        steps=settings.steps,
+        best_step=best.step,
+        start=start,
+        best=best.score,
+        curve=[(0, start), *watch.curve],
+        learning_rate=rates[0],
+        scale_learning_rate=rates[1],
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        notes=notes,
+    )
 
 
 def _uncalibrated(model: nn.Module) -> list[str]:
@@ -105,7 +119,7 @@ def _uncalibrated(model: nn.Module) -> list[str]:
     names = []
     for name, module in modules_of(model, FAKE_QUANT):
         quantizer = module.input_quantizer
-        if quantizer is not None and not quantizer.spec.dynamic and not bool(quantizer.calibrated):  # type: ignore[union-attr]
+        if isinstance(quantizer, ActivationQuantizer) and not quantizer.spec.dynamic and not quantizer.calibrated:
             names.append(name)
     return (
         [f"{len(names)} layers have a static input scale that was never calibrated, such as {names[0]}"]

@@ -25,9 +25,16 @@ class QATTrainer(Trainer):
     """`teacher` None: only the task's loss. The log-scales are in a no-decay group with a rate of their own."""
 
     def __init__(
-        self, model: nn.Module, arguments: TrainingArguments, *, task: str, teacher: nn.Module | None, settings: Settings,
-        rates: tuple[float, float], **others: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        *,
+        task: str,
+        teacher: nn.Module | None,
+        settings: Settings,
+        rates: tuple[float, float],
+        **others: Any,
+    ) -> None:
         self.task, self.teacher, self.settings, self.rates = task, teacher, settings, rates
         super().__init__(model=model, args=arguments, **others)
         if self.teacher is not None:
@@ -52,7 +59,9 @@ class QATTrainer(Trainer):
         )
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Any:
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         outputs = model(**rest)
@@ -80,9 +89,14 @@ class Watch(TrainerCallback):
         self.curve: list[tuple[int, Score]] = []
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **_: Any,
+    ) -> None:
         assert model is not None
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if _all_finite(gradients):

@@ -30,10 +30,13 @@ def fit_page(data: dict[str, Any]) -> str:
     check = data["check"]
     same = "equal" if check["equal"] else "NOT EQUAL"
     lines += [
-        "", "## Proof", "",
-        f"Simulated against packed, from disk: **{same}**. {check['layers']} layers, {check['integers_compared']:,} integers, "
+        "",
+        "## Proof",
+        "",
+        f"Simulated against packed, from disk: **{same}**. "
+        f"{check['layers']} layers, {check['integers_compared']:,} integers, "
         f"largest logit difference {check['max_logit_difference']:.2g} of the largest logit.",
-    ]  # fmt: skip
+    ]
     lines += _notes(data)
     lines += [
         "",
@@ -44,14 +47,14 @@ def fit_page(data: dict[str, Any]) -> str:
     ]
     for entry in data["inventory"]:
         error = entry.get("report", {}).get("output_error")
-        cells = (
+        row = (
             entry["name"] or "(the model)",
             entry["type"],
             entry["scheme"] or "float",
             entry["reason"],
             "" if error is None else f"{error:.4f}",
         )
-        lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
+        lines.append("| " + " | ".join(_cell(c) for c in row) + " |")
     lines += ["", "## Again", "", "```", data["command"], "```", "", "| | |", "|---|---|"]
     lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in data["environment"].items()]
     return "\n".join(lines) + "\n"
@@ -66,7 +69,8 @@ def _verdict(data: dict[str, Any]) -> str:
         "infeasible": "nothing that was tried meets the tolerance; the best of it was saved",
     }[data["verdict"]]
     return (
-        f"**{data['verdict']}**: {text}. {data['metric']} {base['value']:.4f} in float, {final['value']:.4f} at {_cell(data['scheme'])} "
+        f"**{data['verdict']}**: {text}. {data['metric']} {base['value']:.4f} in float, "
+        f"{final['value']:.4f} at {_cell(data['scheme'])} "
         f"({final['loss']:+.2%}, tolerance {data['tolerance']:.2%})."
     )
 

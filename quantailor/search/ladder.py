@@ -9,6 +9,7 @@ found, even where nothing met the tolerance: then the verdict says so.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from quantailor.models.prepare import prepare, state_of
 from quantailor.progress import Progress
 from quantailor.ptq import METHODS
 from quantailor.ptq.driver import calibrate
+from quantailor.ptq.method import Method
 from quantailor.qat.best import Score
 from quantailor.qat.settings import Settings
 from quantailor.qat.train import TrainReport, train
@@ -112,9 +114,15 @@ class Ladder:
     """`climb` does the work. The float model is never changed; candidates are copies of it."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, train_data: Examples, eval_data: Examples, goal: Goal,
-        progress: Progress | None = None, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        train_data: Examples,
+        eval_data: Examples,
+        goal: Goal,
+        progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.model, self.recipe, self.train_data, self.eval_data, self.goal = model, recipe, train_data, eval_data, goal
         self.progress, self.clock = progress or Progress(), clock
         self.start = clock()
@@ -149,7 +157,8 @@ class Ladder:
                 self.notes.append(
                     f"{name} runs {affordable} steps instead of {steps}: what {self.goal.minutes:g} minutes leave"
                 )
-            model, step = self._qat(name, best_model, best, affordable)
+            # Another seed a rung: one that goes on from a trained model must not see the same batches first again.
+            model, step = self._qat(name, best_model, best, affordable, self.goal.settings.seed + len(self.steps))
             if self._better(step, best):
                 best_model, best = model, step
             if self._meets(best):
@@ -171,7 +180,7 @@ class Ladder:
             began = self.clock()
             candidate = copy.deepcopy(self.model)
             state = prepare(candidate, self.recipe)
-            calibrate(candidate, batches, lambda _name, method=method: METHODS[method], self.progress)
+            calibrate(candidate, batches, _always(METHODS[method]), self.progress)
             state.method = method
             reason = (
                 "the cheapest: no solver, seconds"
@@ -186,10 +195,10 @@ class Ladder:
         assert best is not None, "at least one PTQ method"
         return best
 
-    def _qat(self, name: str, start: nn.Module, start_step: Step, num_steps: int) -> tuple[nn.Module, Step]:
+    def _qat(self, name: str, start: nn.Module, start_step: Step, num_steps: int, seed: int) -> tuple[nn.Module, Step]:
         began = self.clock()
         candidate = copy.deepcopy(start)
-        settings = _with_steps(self.goal.settings, num_steps)
+        settings = dataclasses.replace(self.goal.settings, steps=num_steps, seed=seed)
         report = train(candidate, self.train_data, self._quick, settings, teacher=self.model, progress=self.progress)
         state = state_of(candidate)
         assert state is not None
@@ -197,7 +206,8 @@ class Ladder:
             state.method = f"{state.method}+qat" if not state.method.endswith("+qat") else state.method
         state.notes += report.notes
         self.seconds_per_step = (self.clock() - began) / num_steps
-        reason = f"{start_step.name} lost {start_step.loss:.2%}, over {self.goal.tolerance:.2%}: {num_steps} steps of QAT from there"
+        fell_short = f"{start_step.name} lost {start_step.loss:.2%}, over {self.goal.tolerance:.2%}"
+        reason = f"{fell_short}: {num_steps} steps of QAT from there"
         step = self._measure(name, candidate, reason, began, report)
         if not self._better(step, start_step):
             why = (
@@ -235,7 +245,8 @@ class Ladder:
         step = Step(name, result.value, reason, self.clock() - began, result, loss, change, training)
         self.steps.append(step)
         self.progress.say(
-            f"{name:<8} {result.metric} {result.value:.4f}  {f'{loss:+.2%} ' if base else ''} {step.seconds:.0f} s   {reason}"
+            f"{name:<8} {result.metric} {result.value:.4f}  {f'{loss:+.2%} ' if base else ''} "
+            f"{step.seconds:.0f} s   {reason}"
         )
         return step
 
@@ -260,7 +271,10 @@ class Ladder:
             return
         began = self.clock()
         twin = copy.deepcopy(self.model)
-        settings = _with_steps(self.goal.settings, num_steps, control=True)
+        # A float model has no distance to itself: it trains on the task alone, at its own rate.
+        settings = dataclasses.replace(
+            self.goal.settings, steps=num_steps, kl_weight=0.0, task_weight=1.0, learning_rate=None
+        )
         report = train(twin, self.train_data, self._quick, settings, progress=self.progress)
         step = self._measure(
             "float+", twin, f"control: the float model fine-tuned for the same {num_steps} steps", began, report
@@ -268,12 +282,9 @@ class Ladder:
         outcome.recovery_control = _share(ptq.value, outcome.final.value, step.value)
 
 
+def _always(method: Method) -> Callable[[str], Method]:
+    return lambda _name: method
+
+
 def _share(ptq: float, final: float, base: float) -> float | None:
     return (ptq - final) / (ptq - base) if math.isfinite(ptq) and ptq != base else None
-
-
-def _with_steps(settings: Settings, steps: int, control: bool = False) -> Settings:
-    values = {**vars(settings), "steps": steps}
-    if control:  # a float model has no distance to itself: it trains on the task alone
-        values |= {"kl_weight": 0.0, "task_weight": 1.0, "learning_rate": None}
-    return Settings(**values)
