@@ -18,17 +18,23 @@ _TRAIN_CHARACTERS = 1_500_000
 _EVAL_CHARACTERS = 90_000
 
 
+def texts() -> tuple[list[str], list[str]]:
+    """(to train on, to measure on): documents of the Python that runs this."""
+    train, valid = python_docs.split(python_docs.documents())
+    return _some(train, _TRAIN_CHARACTERS), _some(valid, _EVAL_CHARACTERS)
+
+
 def run(out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Three fits; returns {"seconds", "rows"}: one row a scheme, from its report.json. `out` keeps the folders."""
     progress = progress or Progress()
     began = time.monotonic()
-    train, valid = python_docs.split(python_docs.documents())
+    train, valid = texts()
     rows = []
     with ExitStack() as stack:
         base = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = api.load(MODEL)
-        train_data = api.examples_for(model, _some(train, _TRAIN_CHARACTERS))
-        valid_data = api.examples_for(model, _some(valid, _EVAL_CHARACTERS))
+        train_data = api.examples_for(model, train)
+        valid_data = api.examples_for(model, valid)
         for scheme in SCHEMES:
             progress.say(f"\n{scheme}")
             goal = api.Goal(

@@ -147,7 +147,7 @@ class Recipe:
                 continue
             kind = type(module).__name__
             num_weights = sum(p.numel() for _, p in own)
-            shape = tuple(max((p.shape for _, p in own), key=len))
+            shape: tuple[int, ...] = max((tuple(p.shape) for _, p in own), key=len)
             hits = [i for i, rule in enumerate(self.rules) if rule.matches(name, kind, num_weights)]
             cannot = _cannot(module, kind, shape)
             used.update(i for i in hits if cannot is None or self.rules[i].keeps)
@@ -205,7 +205,7 @@ class Recipe:
 
 def block_prefixes(model: Any) -> tuple[str, ...]:
     """Name prefixes (`model.layers.`) of the repeated blocks: the lists of two or more alike modules with Linears."""
-    found = []
+    found: list[str] = []
     for name, module in model.named_modules():
         if type(module).__name__ not in ("ModuleList", "Sequential") or name.startswith(tuple(found)):
             continue

@@ -6,6 +6,7 @@ or unexpected tensor is an error, except for the head that a bare encoder is abo
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +42,8 @@ class Loaded:
 
 def quiet_transformers() -> None:
     """Their progress bars and load reports would stand between our lines; what matters in them is checked here."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def task_of(config: dict[str, Any]) -> Task | None:
@@ -128,7 +129,5 @@ def _from_pretrained(
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first tensor lives."""
-    tensor = next(model.parameters(), None)
-    if tensor is None:
-        tensor = next(model.buffers(), torch.zeros(0))
-    return tensor.device
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -65,13 +65,13 @@ def prepare(model: nn.Module, recipe: Recipe) -> State:
         state.notes.append(
             f"{len(ragged)} layers have a shorter last group (input size no multiple of the group): {_some(ragged)}"
         )
-    model.quantailor_state = state
+    model.quantailor_state = state  # type: ignore[assignment]
     return state
 
 
-def _is_ragged(module: nn.Module, scheme: Scheme) -> bool:
+def _is_ragged(module: Any, scheme: Scheme) -> bool:
     size = scheme.weight.group_size if scheme.weight else None
-    return size is not None and bool(module.weight_ON.shape[1] % size)  # type: ignore[union-attr,index]
+    return size is not None and bool(module.weight_ON.shape[1] % size)
 
 
 def _some(names: list[str], limit: int = 3) -> str:
@@ -82,7 +82,7 @@ def pack_model(model: nn.Module) -> nn.Module:
     """Replace every fake-quantized layer by its packed twin. Returns the model, now without those float weights."""
     done: dict[int, PackedWeight] = {}
     for name, module in list(modules_of(model, FAKE_QUANT)):
-        twin = packed(module, done.get(id(module.weight_quantizer)))  # type: ignore[arg-type]
+        twin = packed(module, done.get(id(module.weight_quantizer)))
         done[id(module.weight_quantizer)] = twin.packed
         replace(model, name, twin)
     return model
@@ -92,7 +92,7 @@ def unpack_model(model: nn.Module) -> nn.Module:
     """Replace every packed layer by the fake-quantized one with the same integers: to check it, or to train on."""
     weights: dict[int, tuple[nn.Parameter, WeightQuantizer]] = {}
     for name, module in list(modules_of(model, PACKED)):
-        replace(model, name, unpacked(module, weights))  # type: ignore[arg-type]
+        replace(model, name, unpacked(module, weights))
     return model
 
 
@@ -112,11 +112,11 @@ def unpacked(
     else:
         shape = module.settings["shape"]
         names = ("stride", "padding", "dilation", "groups")
-        out, per_group, *kernel = shape  # type: ignore[misc]
+        out, per_group, *kernel = shape
         options = {n: module.settings[n] for n in names}
-        channels = per_group * module.settings["groups"]  # type: ignore[operator]
-        source = nn.Conv2d(channels, out, tuple(kernel), bias=module.bias is not None, device="meta", **options)  # type: ignore[arg-type]
-        dense = dense.reshape(shape)  # type: ignore[arg-type]
+        channels = per_group * module.settings["groups"]
+        source = nn.Conv2d(channels, out, tuple(kernel), bias=module.bias is not None, device="meta", **options)
+        dense = dense.reshape(shape)
     parameter, quantizer = weights.get(id(store), (nn.Parameter(dense), None))
     source.weight = parameter
     if module.bias is not None:

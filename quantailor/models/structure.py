@@ -7,6 +7,7 @@ name. A model without such lists is one block: itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -32,8 +33,6 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
             setattr(parent, child, new)
 
 
-def modules_of(model: nn.Module, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
     """(name, module) of all modules of these types; a module that hangs in two places comes once, as torch lists it."""
-    for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            yield name, module
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))

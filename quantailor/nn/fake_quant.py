@@ -6,6 +6,8 @@ names, and adds a quantizer a tensor. Axes: O out, N in.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,19 +26,19 @@ def _activation(spec: QuantSpec | None, like: Tensor) -> ActivationQuantizer | N
 class _FakeQuant(nn.Module):
     """What the fake-quantized layers share: three optional quantizers and a weight seen as [O, N]."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # an nn.Parameter; the layers mixed in declare it in their own ways
+    bias: Any
     weight_quantizer: WeightQuantizer | None
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
     scheme: Scheme
 
-    def _attach(self, source: nn.Module, scheme: Scheme, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def _attach(self, source: nn.Module, scheme: Scheme, weight: Any, bias: Any) -> None:
         self.training = source.training
         self.weight, self.bias, self.scheme = weight, bias, scheme
         rows = self.weight_ON
         spec = scheme.weight
-        self.weight_quantizer = WeightQuantizer(spec, *rows.shape, device=rows.device) if spec else None
+        self.weight_quantizer = WeightQuantizer(spec, rows.shape[0], rows.shape[1], rows.device) if spec else None
         self.input_quantizer = _activation(scheme.input, rows)
         self.output_quantizer = _activation(scheme.output, rows)
 
@@ -70,7 +72,7 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         self._attach(source, scheme, source.weight, source.bias)
 
     @staticmethod
-    def from_conv1d(source: nn.Module, scheme: Scheme) -> FakeQuantLinear:
+    def from_conv1d(source: Any, scheme: Scheme) -> FakeQuantLinear:
         """From transformers' Conv1D (GPT-2), which stores its weight as [N, O]."""
         n, o = source.weight.shape
         linear = nn.Linear(n, o, bias=source.bias is not None, device="meta")

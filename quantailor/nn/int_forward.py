@@ -45,4 +45,4 @@ def integer_forward(
     x_hat: Tensor, w_hat: Tensor, bias: Tensor | None, x_q: Tensor, x_scale: Tensor, weight: IntegerWeight
 ) -> Tensor:
     """y = x_hat @ w_hat^T + bias, computed from integers. Shapes: `x_hat`, `x_q` [..., N]; `w_hat` [O, N]."""
-    return _IntegerForward.apply(x_hat, w_hat, bias, x_q, x_scale, weight)  # type: ignore[no-untyped-call]
+    return _IntegerForward.apply(x_hat, w_hat, bias, x_q, x_scale, weight)

@@ -7,6 +7,8 @@ G groups a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,7 +100,8 @@ class PackedWeight(nn.Module):
         return self.scale  # type: ignore[return-value]
 
     def zero_points(self) -> Tensor | int:
-        return self.zero_point.to(torch.int32) if self.is_asymmetric else 0  # type: ignore[union-attr,operator]
+        stored = dict(self.named_buffers()).get("zero_point")
+        return 0 if stored is None else stored.to(torch.int32)
 
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
         """float32 [O, N], or [n, N] for some rows: made for this call, not kept."""
@@ -197,7 +200,7 @@ class QuantEmbedding(_Quant):
 class QuantConv2d(_Quant):
     """A convolution whose weight is stored as integers; it runs on the dequantized grid values."""
 
-    def __init__(self, scheme: Scheme, packed: PackedWeight, bias: Tensor | None, settings: dict[str, object]) -> None:
+    def __init__(self, scheme: Scheme, packed: PackedWeight, bias: Tensor | None, settings: dict[str, Any]) -> None:
         super().__init__(scheme, packed, bias)
         self.settings = settings  # stride, padding, dilation, groups, and the weight's shape
 
@@ -206,9 +209,9 @@ class QuantConv2d(_Quant):
             q, scale = self._quantize_input(x.flatten(-3))
             x = (q * scale).to(x.dtype).view_as(x)
         s = self.settings
-        weight = self.packed.dequantize().to(x.dtype).reshape(s["shape"])  # type: ignore[arg-type]
+        weight = self.packed.dequantize().to(x.dtype).reshape(s["shape"])
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.conv2d(x, weight, bias, s["stride"], s["padding"], s["dilation"], s["groups"])  # type: ignore[arg-type,call-overload]
+        y = F.conv2d(x, weight, bias, s["stride"], s["padding"], s["dilation"], s["groups"])
         return self._out(y)
 
 
@@ -218,7 +221,9 @@ def packed(source: FakeQuant, weight: PackedWeight | None = None) -> QuantLinear
     quantizer = source.weight_quantizer
     assert quantizer is not None
     if weight is None:
-        weight = PackedWeight(quantizer.spec, *source.weight_ON.shape, device=source.weight.device)
+        weight = PackedWeight(
+            quantizer.spec, source.weight_ON.shape[0], source.weight_ON.shape[1], source.weight.device
+        )
         weight.store(quantizer.integers(source.weight_ON), quantizer)
     bias = None if source.bias is None else source.bias.detach().clone()
     result: QuantLinear | QuantEmbedding | QuantConv2d
@@ -234,7 +239,7 @@ def packed(source: FakeQuant, weight: PackedWeight | None = None) -> QuantLinear
     return result.train(source.training)
 
 
-def conv_settings(source: nn.Conv2d | FakeQuantConv2d) -> dict[str, object]:
+def conv_settings(source: nn.Conv2d | FakeQuantConv2d) -> dict[str, Any]:
     """What `F.conv2d` needs besides the tensors. Raises: ValueError for padding that is not zeros."""
     if source.padding_mode != "zeros":
         raise ValueError(f"padding_mode={source.padding_mode!r}: only zeros can be packed; keep this layer by a rule")

@@ -65,7 +65,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, qmin: int,
     Bit-identical, forward and backward, to `torch.fake_quantize_per_{tensor,channel}_affine`, and open to any
     broadcastable scale shape. Shapes as in `quantize`.
     """
-    return _ClippedSTE.apply(x, scale, zero_point, qmin, qmax)  # type: ignore[no-untyped-call]
+    return _ClippedSTE.apply(x, scale, zero_point, qmin, qmax)
 
 
 def scale_zero_point(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -116,4 +116,4 @@ class _DynamicSTE(torch.autograd.Function):
 
 def fake_quantize_dynamic(x: Tensor, qmin: int, qmax: int) -> Tensor:
     """`quantize_dynamic` and back, in one, with an identity gradient. Shapes: `x` [..., N], returns the same."""
-    return _DynamicSTE.apply(x, qmin, qmax)  # type: ignore[no-untyped-call]
+    return _DynamicSTE.apply(x, qmin, qmax)

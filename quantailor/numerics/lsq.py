@@ -72,4 +72,4 @@ def lsq(
     Shapes: `x` [*]; `scale`, `zero_point` broadcastable to [*]. `g`: see `gradient_scale`. `offset` 0.5 puts the
     levels halfway between integers (balanced and binary grids). The integers are those of `grids.encode`.
     """
-    return _LSQ.apply(x, scale, zero_point, qmin, qmax, offset, stretch, g)  # type: ignore[no-untyped-call]
+    return _LSQ.apply(x, scale, zero_point, qmin, qmax, offset, stretch, g)

@@ -30,4 +30,4 @@ class _SignSTE(torch.autograd.Function):
 
 def fake_quantize_sign(x: Tensor) -> Tensor:
     """`quantize_sign` and back, with its gradient."""
-    return _SignSTE.apply(x)  # type: ignore[no-untyped-call]
+    return _SignSTE.apply(x)

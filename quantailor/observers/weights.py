@@ -43,7 +43,7 @@ def _search(w: Tensor, h: Tensor, count: Tensor, spec: QuantSpec) -> tuple[Tenso
         return _safe(w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count), none
     if isinstance(grid, Binary):  # XNOR-Net, arXiv:1603.05279, Eq. 6: alpha = mean |W|; levels are half steps
         return _safe(2 * w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count), none
-    scale, zero_point = _candidate(w, spec.grid, 1.0)
+    scale, zero_point = _candidate(w, grid, 1.0)
     if spec.range == "minmax":
         return scale, zero_point
     rows = max(1, _CHUNK // (w.shape[1] * w.shape[2]))  # a chunk's passes stay in the cache

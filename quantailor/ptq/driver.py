@@ -52,7 +52,7 @@ def calibrate(
     work = _Calibration(model, batches, methods, state)
     with (progress or Progress()).task("calibrating", sum(1 for _ in modules_of(model, FAKE_QUANT))) as advance:
         for name, module in modules_of(model, FakeQuantEmbedding):
-            work.solve(name, module, None)  # type: ignore[arg-type]
+            work.solve(name, module, None)
             advance(1)
         chain = work.chain()
         inside = {f"{prefix}.{name}" for prefix, block in chain for name, _ in modules_of(block, _SOLVED_ON_DATA)}
@@ -155,14 +155,14 @@ class _Calibration:
                 self.solve(name, inside[name], None)  # type: ignore[arg-type]
                 advance(1)
 
-    def _observe(self, unit: dict[str, nn.Module], runs: Sequence[Callable[[], Any]], stop: bool) -> Statistics:
+    def _observe(self, unit: dict[str, Any], runs: Sequence[Callable[[], Any]], stop: bool) -> Statistics:
         """Statistics of the unit's shared input over all batches, and ranges for its static quantizers.
 
         `stop`: a pass may end once the unit has run, since it runs only once.
         """
         first_name, first = next(iter(unit.items()))
         full = any(self.methods(name).needs_hessian for name in unit) and getattr(first, "groups", 1) == 1
-        statistics = Statistics.empty(first.weight_ON.shape[1], full, first.weight.device)  # type: ignore[union-attr,index,arg-type]
+        statistics = Statistics.empty(first.weight_ON.shape[1], full, first.weight.device)
         quantizers = [m.input_quantizer for m in unit.values() if isinstance(m.input_quantizer, ActivationQuantizer)]
         outputs = [m.output_quantizer for m in unit.values() if isinstance(m.output_quantizer, ActivationQuantizer)]
         for quantizer in (*quantizers, *outputs):

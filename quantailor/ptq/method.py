@@ -24,7 +24,10 @@ class Solution:
 class Method(Protocol):
     """One file a method, one line in `ptq.METHODS`."""
 
-    needs_hessian: bool
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether `solve` wants all of X^T X, or only its diagonal."""
+        ...
 
     def solve(self, weight_ON: Tensor, statistics: Statistics | None, spec: QuantSpec) -> Solution:
         """Integers for one weight. `statistics` None: no data reached the layer; the method must cope, and say so."""

@@ -38,7 +38,7 @@ class QATTrainer(Trainer):
         self.task, self.teacher, self.settings, self.rates = task, teacher, settings, rates
         super().__init__(model=model, args=arguments, **others)
         if self.teacher is not None:
-            self.teacher.to(self.args.device).eval().requires_grad_(False)
+            self.teacher.to(self.args.device).eval()  # not frozen: it is the caller's, and runs under no_grad
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """AdamW over three groups: matrices, vectors (no decay), log-scales (no decay, own rate)."""

@@ -1,0 +1,36 @@
+"""Every example runs, and so does the Python block of the README."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: list[str], folder: Path) -> str:
+    result = subprocess.run([sys.executable, *code], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [("quickstart", [], "'equal': True"), ("mixed_by_rule", [], "with rules: perplexity"), ("rescue_two_bits", ["6"], "QAT")],
+)
+def test_example(name, arguments, expected, tmp_path):
+    assert expected in run([str(ROOT / "examples" / f"{name}.py"), *arguments], tmp_path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_readme_block(page, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks, f"{page} shows no Python"
+    (tmp_path / "block.py").write_text(blocks[0].replace("steps=100", "steps=4"), encoding="utf-8")
+    assert "True" in run(["block.py"], tmp_path)
+
+
+def test_all_examples_are_run():
+    assert {p.stem for p in (ROOT / "examples").glob("*.py")} == {"quickstart", "mixed_by_rule", "rescue_two_bits"}
