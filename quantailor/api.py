@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from quantailor.cost.size import bits_per_weight, num_weights, weight_file_bytes
 from quantailor.data.encode import encode
 from quantailor.data.examples import Examples
 from quantailor.data.loading import Data, load_examples, overlap, split
-from quantailor.errors import QualityGateFailed, UsageError
+from quantailor.errors import QualityGateFailed, UntrustedInput, UsageError
 from quantailor.evaluate.classification import ClassificationResult
 from quantailor.evaluate.lm import LMResult
 from quantailor.evaluate.parity import Parity, compare
@@ -35,6 +36,7 @@ from quantailor.export import folder as folders
 from quantailor.models.loading import Task, device_of, load_float, load_tokenizer, task_of
 from quantailor.models.prepare import FAKE_QUANT, State, pack_model, prepare, state_of, unpack_model
 from quantailor.models.structure import modules_of
+from quantailor.numerics.measures import relative_max_difference
 from quantailor.progress import Progress
 from quantailor.ptq import METHODS
 from quantailor.ptq.driver import calibrate
@@ -58,7 +60,8 @@ Result = LMResult | ClassificationResult
 class Model:
     """A model with its tokenizer and its task, on its way from float to packed.
 
-    `parent` names the folder it came from and its hash; `training` is the report of the last `train`.
+    `parent` names the folder it came from and its hash; `training` is the report of the last `train`; `details` is
+    what a loaded folder's receipt tells of both, kept while the model stays as it was loaded.
     """
 
     model: PreTrainedModel
@@ -68,6 +71,7 @@ class Model:
     training: TrainReport | None = None
     notes: list[str] = field(default_factory=list)
     probe: dict[str, Tensor] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> State | None:
@@ -89,8 +93,15 @@ def load(path: str | Path, *, task: Task | None = None, num_labels: int | None =
     if (path / folders.RECEIPT).exists() or not path.exists():
         loaded = folders.read_folder(path, verify_hashes=verify) if not _is_missing(path) else None
         if loaded is not None:
+            stored, details = folders.stored_probe(path, loaded.model.config), loaded.receipt.get("details")
             return Model(
-                loaded.model, loaded.tokenizer, loaded.task, {"folder": path.name}, notes=list(loaded.state.notes)
+                loaded.model,
+                loaded.tokenizer,
+                loaded.task,
+                {"folder": path.name},
+                notes=list(loaded.state.notes),
+                probe=stored[0] if stored else None,
+                details=details if isinstance(details, dict) else {},
             )
     plain = load_float(path, task, num_labels)
     return Model(
@@ -126,7 +137,19 @@ def examples_for(model: Model, data: Data | Examples, *, context: int = 256, lim
     if model.task == "classification":
         ordered = tuple(str(name) for _, name in sorted((model.model.config.id2label or {}).items()))
         names = None if all(name.startswith("LABEL_") for name in ordered) else ordered
-    return load_examples(data, model.tokenizer, model.task, context=longest, limit=limit, label_names=names)
+    examples = load_examples(data, model.tokenizer, model.task, context=longest, limit=limit, label_names=names)
+    _check_tokens(examples, model)
+    return examples
+
+
+def _check_tokens(examples: Examples, model: Model) -> None:
+    """Raises: UntrustedInput if the tokenizer gives numbers that the model has no embedding for."""
+    highest = max(int(batch["input_ids"].max()) for batch in examples.batches(1024))
+    if highest >= model.model.config.vocab_size:
+        raise UntrustedInput(
+            f"the tokenizer gives token {highest}, and the model knows {model.model.config.vocab_size}: it is another "
+            "model's; put the right tokenizer files into the model's folder"
+        )
 
 
 def recipe_for(
@@ -136,7 +159,13 @@ def recipe_for(
     parsed = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
     if method not in METHODS:
         raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
-    return Recipe(parsed.with_ragged(ragged), tuple(rules), method)
+    if not ragged:
+        parsed = parsed.with_ragged(False)
+        rules = [
+            dataclasses.replace(r, action=r.action.with_ragged(False)) if isinstance(r.action, Scheme) else r
+            for r in rules
+        ]
+    return Recipe(parsed, tuple(rules), method)
 
 
 def quantize(
@@ -160,6 +189,8 @@ def quantize(
     source = as_model(model)
     if source.state is not None:
         raise UsageError("the model is quantized already; start from its float parent")
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"seed={seed} must be 0 or more and below 2^31")
     recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
     if recipe.scheme.is_float and not rules:
         raise UsageError("scheme float quantizes nothing; use `train` with it, or another scheme")
@@ -218,7 +249,7 @@ def train(
     """
     settings = settings or Settings()
     parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
-    source, train_data = _for_training(model, data, context)
+    source, train_data = _for_training(model, data, context, settings.seed)
     if source.state is None and parsed is None:
         raise UsageError("the model is float: name a scheme to train for, or `float` for a plain fine-tune")
     if source.state is not None and parsed is not None:
@@ -271,26 +302,36 @@ def train(
         started.state.notes += report.notes
         if report.improved:
             started.state.method += "+qat"
-    return dataclasses.replace(started, training=report, notes=notes + report.notes, probe=probe_of(held_out))
+    return dataclasses.replace(
+        started, training=report, notes=notes + report.notes, probe=probe_of(held_out), details={}
+    )
 
 
-def _for_training(model: str | Path | Model, data: Data | Examples, context: int) -> tuple[Model, Examples]:
-    """The model and its data; a bare encoder gets a head with as many classes as the data has."""
+def _for_training(model: str | Path | Model, data: Data | Examples, context: int, seed: int) -> tuple[Model, Examples]:
+    """The model and its data; a bare encoder gets a head with as many classes as the data has, drawn by `seed`."""
     if isinstance(model, Model):
         return model, examples_for(model, data, context=context)
     folder = Path(model)
     if isinstance(data, Examples) or not folder.exists() or (folder / folders.RECEIPT).exists():
         loaded = load(folder)
         return loaded, examples_for(loaded, data, context=context)
-    if task_of(scan_model_folder(folder).config) is not None:
+    config = scan_model_folder(folder).config
+    if task_of(config) is not None:
         loaded = load(folder)
         return loaded, examples_for(loaded, data, context=context)
-    examples = load_examples(data, load_tokenizer(folder), context=context)
+    longest = min(context, config.get("max_position_embeddings") or context)
+    examples = load_examples(data, load_tokenizer(folder), context=longest)
     if examples.task != "classification":
         raise UsageError(
             f"{folder} is a bare encoder, which can be given a head for classification; the data is for {examples.task}"
         )
-    loaded = load(folder, task="classification", num_labels=examples.num_labels)
+    if examples.num_labels < 2:
+        raise UntrustedInput(
+            f"{examples.source} has the one class {examples.label_names[0]!r}; a head needs two to choose from"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded = load(folder, task="classification", num_labels=examples.num_labels)
     loaded.model.config.id2label = dict(enumerate(examples.label_names))
     loaded.model.config.label2id = {name: i for i, name in enumerate(examples.label_names)}
     return loaded, examples
@@ -300,12 +341,24 @@ def _teacher(source: Model, teacher: str | Path | Model | None) -> Model | None:
     if teacher is None:
         return None
     if teacher != "self":
-        return as_model(teacher)
+        other = as_model(teacher)
+        _check_comparable(source, other, "teacher")
+        return other
     if source.state is not None:
         raise UsageError(
             "teacher='self' needs the float model, and this one is quantized; name the float folder as teacher, or None"
         )
     return dataclasses.replace(source, model=copy.deepcopy(source.model))
+
+
+def _check_comparable(model: Model, other: Model, role: str) -> None:
+    """Raises: UsageError unless both give logits over the same tokens or classes."""
+    outputs = [
+        f"{m.task}, {m.model.config.vocab_size if m.task == 'lm' else m.model.config.num_labels} outputs"
+        for m in (model, other)
+    ]
+    if outputs[0] != outputs[1]:
+        raise UsageError(f"the model is for {outputs[0]}, the {role} for {outputs[1]}; use a {role} of its own kind")
 
 
 def probe_of(examples: Examples, rows: int = 2, length: int = 64) -> dict[str, Tensor]:
@@ -334,10 +387,12 @@ def evaluate(
     and agreement. Raises: UsageError, UntrustedInput as the parts do."""
     ready = as_model(model)
     examples = examples_for(ready, data, context=context)
-    other = as_model(reference).model if reference is not None else None
+    other = as_model(reference) if reference is not None else None
+    if other is not None:
+        _check_comparable(ready, other, "reference")
     bar = progress or Progress()
     with bar.counted("evaluating") as report:
-        return measure(ready.model, examples, reference=other, limit=limit, progress=report)
+        return measure(ready.model, examples, reference=other.model if other else None, limit=limit, progress=report)
 
 
 def pack(model: Model) -> Model:
@@ -375,7 +430,12 @@ def _fill(folder: Path, model: Model, format: str | None, details: dict[str, Any
         model.tokenizer,
         format=format,
         probe=model.probe or default_probe(model),
-        details={"parent": model.parent, "training": _training_json(model.training), **(details or {})},
+        details={
+            "parent": model.parent,
+            "training": _training_json(model.training),
+            **model.details,
+            **(details or {}),
+        },
     )
 
 
@@ -397,13 +457,15 @@ def check(path: str | Path) -> Parity:
     """
     loaded = folders.read_folder(Path(path))
     simulated = unpack_model(copy.deepcopy(loaded.model))
-    stored = folders.stored_probe(Path(path))
+    stored = folders.stored_probe(Path(path), loaded.model.config)
     probe = stored[0] if stored else default_probe(Model(loaded.model, loaded.tokenizer, loaded.task))
     parity = compare(simulated, loaded.model, probe, expected=folders.expected_digests(loaded.receipt))
     if stored is None:
         return parity
     now, then = folders.last_logits(loaded.model, probe), stored[1]
-    difference = float((now - then).abs().max() / then.abs().max().clamp(min=1e-30))
+    if now.shape != then.shape:
+        raise UntrustedInput(f"{path}: the logits kept with the probe have another shape; use a sound copy")
+    difference = relative_max_difference(now, then)
     top1 = bool((now.argmax(-1) == then.argmax(-1)).all())
     return dataclasses.replace(
         parity, max_logit_difference=max(parity.max_logit_difference, difference), top1_equal=parity.top1_equal and top1
@@ -417,9 +479,17 @@ def generate(model: str | Path | Model, prompt: str, *, max_new_tokens: int = 64
         raise UsageError("only a language model generates text; this one classifies")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
+    if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise UsageError("the prompt is not UTF-8; give valid text")
     ids = torch.tensor(next(encode([prompt], ready.tokenizer)), dtype=torch.int64)[None]
     if ids.shape[1] == 0:
         raise UsageError("the prompt has no tokens; give some text")
+    positions = getattr(ready.model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and ids.shape[1] + max_new_tokens > positions:
+        raise UsageError(
+            f"{ids.shape[1]} tokens of prompt and max_new_tokens={max_new_tokens} are more than the model's "
+            f"{positions} positions; ask for fewer"
+        )
     pad = ready.tokenizer.pad_token_id if ready.tokenizer.pad_token_id is not None else ready.tokenizer.eos_token_id
     ids = ids.to(device_of(ready.model))
     with torch.inference_mode():
@@ -560,7 +630,7 @@ def _finite(value: Any) -> Any:
 def _command() -> str:
     if not sys.argv or not sys.argv[0].endswith("quantailor"):
         return "quantailor.fit(...) from Python"
-    return " ".join(["quantailor", *sys.argv[1:]])
+    return shlex.join(["quantailor", *sys.argv[1:]])
 
 
 def environment() -> dict[str, str]:

@@ -215,9 +215,14 @@ def block_prefixes(model: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _own_kind(module: Any) -> str:
+    """The kind of a layer, or of the layer that a fake-quantized or packed one stands for: blocks stay blocks."""
+    return type(module).__name__.removeprefix("Fake").removeprefix("Quant")
+
+
 def _is_block(module: Any, single: bool) -> bool:
     """A block holds at least two matrix products of its own; a list of one is a block only if it says it is a layer."""
-    inner = [m for m in module.modules() if type(m).__name__ in QUANTIZABLE and m is not module]
+    inner = [m for m in module.modules() if _own_kind(m) in QUANTIZABLE and m is not module]
     return len(inner) >= 2 and (not single or type(module).__name__.endswith(("Layer", "Block")))
 
 

@@ -18,7 +18,11 @@ def run(code: list[str], folder: Path) -> str:
 
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
-    [("quickstart", [], "'equal': True"), ("mixed_by_rule", [], "with rules: perplexity"), ("rescue_two_bits", ["6"], "QAT")],
+    [
+        ("quickstart", [], "'equal': True"),
+        ("mixed_by_rule", [], "with rules: perplexity"),
+        ("rescue_two_bits", ["6"], "QAT"),
+    ],
 )
 def test_example(name, arguments, expected, tmp_path):
     assert expected in run([str(ROOT / "examples" / f"{name}.py"), *arguments], tmp_path)

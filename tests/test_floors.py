@@ -40,7 +40,7 @@ MODULES = {module_name(path): ast.parse(path.read_text()) for path in sorted(PAC
 
 def part_of(module: str) -> str:
     """`quantailor.ptq.gptq` -> `ptq`: what stands on a floor."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def imported(tree: ast.AST) -> list[tuple[str, int]]:

@@ -18,8 +18,10 @@ def assign(model, *rules, scheme=W4):
 
 @pytest.mark.parametrize(
     "make",
-    [zoo.llama, lambda: zoo.llama(tie=True), zoo.bert, zoo.masked_bert, zoo.albert, zoo.gpt2, zoo.t5, zoo.qwen3_moe]
-    + [zoo.mlp, zoo.cnn],
+    [
+        *(zoo.llama, lambda: zoo.llama(tie=True), zoo.bert, zoo.masked_bert, zoo.albert, zoo.gpt2, zoo.t5),
+        *(zoo.qwen3_moe, zoo.mlp, zoo.cnn),
+    ],
 )
 def test_every_parameter_is_in_the_inventory_once(make):
     model = make()
@@ -32,7 +34,7 @@ def test_every_parameter_is_in_the_inventory_once(make):
     quantized = sum(model.get_submodule(n).weight.numel() for n in inventory.quantized)
     assert inventory.coverage == quantized / sum(unique.values())
     assert f"{inventory.coverage:.1%} of all weights quantized" in str(inventory)
-    assert {e["name"]: e["scheme"] for e in map(lambda e: e.to_json(), inventory)} == {
+    assert {e["name"]: e["scheme"] for e in (e.to_json() for e in inventory)} == {
         e.name: str(e.scheme) if e.scheme else None for e in inventory
     }
 

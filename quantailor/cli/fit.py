@@ -29,6 +29,9 @@ def fit(
         float | None, typer.Option(help="of the weights; by default from the table by bits and size")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    methods: Annotated[str, typer.Option(help="PTQ methods to try, cheapest first; autoround is another")] = (
+        "rtn,gptq,qronos"
+    ),
     samples: o.SamplesOption = 128,
     context: o.ContextOption = 256,
     rule: o.RuleOption = None,
@@ -44,7 +47,7 @@ def fit(
 ) -> None:
     """Fit a model to fewer bits by the cheapest way that stays within the tolerance.
 
-    Measures the float model, tries post-training quantization (RTN, then GPTQ), and only where that loses too much
+    Measures the float model, tries post-training quantization (RTN, GPTQ, Qronos), and only where that loses too much
     trains: a short QAT, then a longer one. The result is packed, checked and saved with its report.
 
     Example:  quantailor fit ./model --data train.txt --eval-data valid.txt --scheme w4a16-g32 --out ./model-w4
@@ -57,6 +60,7 @@ def fit(
         tolerance=o.share(tolerance),
         minutes=minutes,
         calibration=samples,
+        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         short_steps=max(1, steps // 4),
         long_steps=steps,
         control=control,

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 import quantailor
+from quantailor.cli import options
 from quantailor.cli.check import check
 from quantailor.cli.demo import demo
 from quantailor.cli.evaluate import evaluate
@@ -74,10 +75,18 @@ def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
 def run() -> None:
     """What the `quantailor` script calls."""
     signal.signal(signal.SIGTERM, _on_sigterm)
+    options.shown = False
     try:
         app(standalone_mode=True)
     except QuantailorError as error:
         _report(str(error), error.exit_code)
+    except SystemExit as stop:
+        wrong = stop.__context__  # typer turns Ctrl-C into status 130, and has told on stderr what was wrong in usage
+        if stop.code == 130:
+            _report("interrupted; nothing half-written was left behind", 130)
+        if stop.code == 2 and "--json" in sys.argv and hasattr(wrong, "format_message"):
+            print(json.dumps({"error": " ".join(wrong.format_message().split()), "exit_code": 2}))
+        raise
     except KeyboardInterrupt:
         _report("interrupted; nothing half-written was left behind", 130)
     except _Terminated:
@@ -91,7 +100,7 @@ def run() -> None:
 
 def _report(message: str, status: int) -> None:
     line = " ".join(message.split())
-    if "--json" in sys.argv and status not in (4, 5):  # those come after their document
+    if "--json" in sys.argv and not options.shown:  # 4 and 5 come after their document
         print(json.dumps({"error": line, "exit_code": status}))
     print(f"quantailor: {line}", file=sys.stderr)
     sys.exit(status)

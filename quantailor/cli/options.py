@@ -61,6 +61,11 @@ def share(text: str) -> float:
         raise UsageError(f"{text!r} is no share; write 2% or 0.02") from error
 
 
+shown = False  # whether the result is on stdout already: an error after it adds no second document
+
+
 def show(document: dict[str, Any], text: str, as_json: bool) -> None:
     """The result: one JSON document, or lines for people."""
+    global shown
+    shown = True
     print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else text)

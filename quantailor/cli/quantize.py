@@ -18,7 +18,7 @@ def quantize(
     data: Annotated[
         Path | None, typer.Option(help="calibration data; not needed for --method rtn with dynamic ranges")
     ] = None,
-    method: Annotated[str, typer.Option(help="rtn or gptq")] = "gptq",
+    method: Annotated[str, typer.Option(help="rtn, gptq, qronos or autoround")] = "gptq",
     samples: o.SamplesOption = 128,
     context: o.ContextOption = 256,
     rule: o.RuleOption = None,

@@ -33,7 +33,7 @@ def train(
     task_weight: Annotated[
         float, typer.Option(help="weight of the task's own loss beside the KL to the teacher", min=0)
     ] = 0.0,
-    method: Annotated[str, typer.Option(help="PTQ method to start from: rtn or gptq")] = "gptq",
+    method: Annotated[str, typer.Option(help="PTQ method to start from: rtn, gptq, qronos or autoround")] = "gptq",
     samples: o.SamplesOption = 128,
     context: o.ContextOption = 256,
     rule: o.RuleOption = None,

@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from quantailor.errors import QuantailorError, UntrustedInput, UsageError
 from quantailor.evaluate.parity import Digests, digests
 from quantailor.export import layout, plugin
-from quantailor.models.loading import Task, load_tokenizer, quiet_transformers, task_of
+from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
 from quantailor.models.prepare import FAKE_QUANT, PACKED, State, state_of
 from quantailor.nn.packed import PackedWeight, packed
 from quantailor.recipe import Entry, Inventory
@@ -242,35 +242,45 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     stored = _read_tensors(files.weight_files)
     try:
         quantization, state_dict = _own_names(files.config, state, stored, own)
-    except (KeyError, ValueError) as error:
-        raise UntrustedInput(
-            f"{folder} does not hold what its config says: {error.args[0]}; use a sound copy"
-        ) from error
+        _check_agreement(files.config, quantization, state, own)
+        _check_grids(quantization, state_dict)
+    except UntrustedInput as error:
+        raise UntrustedInput(f"{folder}: {error}") from error
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = error.args[0] if error.args else type(error).__name__
+        raise UntrustedInput(f"{folder} does not hold what its config says: {what}; use a sound copy") from error
     plugin.register()
     config = CONFIG_MAPPING[inner["model_type"]].from_dict(
         {k: v for k, v in inner.items() if k != "transformers_weights"}
     )
     config.quantization_config = quantization.to_dict()
-    _check_grids(folder, state_dict)
     try:
         architecture: Any = _CLASSES[task]._model_mapping[type(config)]  # type: ignore[index]
+        with torch.device("meta"):
+            plugin.install_packed(skeleton := architecture(config), quantization)
+        check_shapes(folder, skeleton, {name: tensor.shape for name, tensor in state_dict.items()})
         model, info = architecture.from_pretrained(
             None,
             config=config,
             state_dict=state_dict,
             dtype=config.dtype or torch.float32,
+            ignore_mismatched_sizes=True,  # an error below, where the tensor is named
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except UntrustedInput as error:
+        raise error if str(folder) in str(error) else UntrustedInput(f"{folder}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UntrustedInput(f"{folder} does not load: {first}") from error
     for kind, keys in (
         ("lacks", info["missing_keys"]),
         ("has", info["unexpected_keys"]),
-        ("misshapes", info.get("mismatched_keys") or []),
+        ("misshapes", [key for key, *_ in info.get("mismatched_keys") or []]),
     ):
         if keys:
             raise UntrustedInput(f"{folder} {kind} tensor {sorted(keys)[0]}, against its config.json; use a sound copy")
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # its marks would keep Trainer from training it further
     model.quantailor_state = state
     return Folder(
         model.eval(),
@@ -292,8 +302,11 @@ def _read_receipt(folder: Path) -> dict[str, Any]:
         not isinstance(receipt, dict)
         or not isinstance(receipt.get("inventory"), list)
         or not isinstance(receipt.get("digests"), dict)
+        or not all(isinstance(parts, dict) for parts in receipt["digests"].values())
+        or not isinstance(receipt.get("scheme"), str)
+        or not isinstance(receipt.get("notes", []), list)
     ):
-        raise UntrustedInput(f"{path} is damaged: it has no inventory or no digests")
+        raise UntrustedInput(f"{path} is damaged: it has no inventory, digests, scheme or notes of the right form")
     return receipt
 
 
@@ -312,12 +325,21 @@ def _state(receipt: dict[str, Any], folder: Path) -> State:
             for e in receipt["inventory"]
         ]
         scheme = _scheme(receipt["scheme"], entries)
-    except (KeyError, TypeError, UsageError) as error:
+        if wrong := next((e for e in entries if not _is_sound(e)), None):
+            raise TypeError(f"the entry of {wrong.name!r} has a value of the wrong type")
+    except (AttributeError, KeyError, TypeError, UsageError) as error:
         raise UntrustedInput(f"{folder / RECEIPT} is damaged: {error}") from error
     layers = {e["name"]: e["report"] for e in receipt["inventory"] if "report" in e}
     return State(
         scheme, Inventory(tuple(entries)), receipt.get("method", "none"), list(receipt.get("notes", [])), layers
     )
+
+
+def _is_sound(entry: Entry) -> bool:
+    numbers = (*entry.shape, entry.num_weights)
+    texts = isinstance(entry.name, str) and isinstance(entry.kind, str) and isinstance(entry.tied_to, str | None)
+    schemes = entry.scheme is None or (isinstance(entry.scheme, Scheme) and entry.scheme.weight is not None)
+    return texts and schemes and all(type(n) is int and n >= 0 for n in numbers)
 
 
 def _scheme(text: str, entries: list[Entry]) -> Scheme:
@@ -345,16 +367,7 @@ def _own_names(
     """(our quantization config, tensors by the names our modules have), from either layout."""
     if own:
         settings = {k: v for k, v in config["quantization_config"].items() if k != "quant_method"}
-        quantization = plugin.QuantailorConfig(**settings)
-        for name, layer in quantization.layers.items():
-            if tied_to := layer.get("tied_to"):
-                prefix = f"{tied_to}.packed."
-                stored |= {
-                    f"{name}.packed.{k.removeprefix(prefix)}": v
-                    for k, v in list(stored.items())
-                    if k.startswith(prefix)
-                }
-        return quantization, stored
+        return plugin.QuantailorConfig(**settings), stored
     shapes: dict[str, tuple[int, int]] = {}
     biases: set[str] = set()
     for name, scheme in state.inventory.quantized.items():
@@ -370,22 +383,95 @@ def _own_names(
     return plugin.QuantailorConfig(**{k: v for k, v in settings.items() if k != "quant_method"}), stored
 
 
-def _check_grids(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Scales are positive; zero points lie on their grid by their type. Finiteness was checked before."""
-    for name, tensor in tensors.items():
-        if name.endswith((".packed.scale", ".input_scale", ".output_scale")) and not bool((tensor > 0).all()):
-            raise UntrustedInput(
-                f"{folder}: scale {name} holds {float(tensor.min()):.3g}; a scale is positive: use a sound copy"
-            )
+def _check_agreement(config: dict[str, Any], quantization: plugin.QuantailorConfig, state: State, own: bool) -> None:
+    """Whoever loads the folder by its config.json must get what the receipt says."""
+    if not own:
+        groups = config["quantization_config"]["config_groups"]
+        if groups != layout.compressed_tensors_config(state.inventory)["config_groups"]:
+            raise UntrustedInput(f"config.json quantizes other layers or grids than {RECEIPT} says; use a sound copy")
+        return
+    said = {
+        name: (from_json(quantization.schemes[layer["scheme"]]), layer["kind"], layer.get("tied_to"))
+        for name, layer in quantization.layers.items()
+    }
+    kept = {e.name: (e.scheme, e.kind, e.tied_to) for e in state.inventory if e.scheme is not None}
+    for name in {**said, **kept}:
+        if said.get(name) != kept.get(name):
+            raise UntrustedInput(f"config.json and {RECEIPT} tell different things of {name}; use a sound copy")
 
 
-def stored_probe(folder: Path) -> tuple[dict[str, Tensor], Tensor] | None:
-    """(probe inputs, the simulated model's last logits) kept with the folder, or None."""
+_DTYPES = {
+    "packed.q": torch.int8,
+    "packed.words": torch.int32,
+    "packed.zero_point": torch.uint8,
+    "packed.scale_codes": torch.uint8,
+    "packed.scale": torch.float32,
+    "packed.scale_second": torch.float32,
+    "packed.scale_mean": torch.float32,
+    "input_scale": torch.float32,
+    "output_scale": torch.float32,
+}
+_POSITIVE = ("packed.scale", "packed.scale_second", "input_scale", "output_scale")
+
+
+def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tensor]) -> None:
+    """Types are those that are written, scales positive, zero points on their grid. Finiteness was checked before."""
+    for layer, settings in quantization.layers.items():
+        bits = from_json(quantization.schemes[settings["scheme"]]).weight.grid.bits
+        for part, dtype in _DTYPES.items():
+            name = f"{layer}.{part}"
+            tensor = tensors.get(name)
+            if tensor is None:
+                continue
+            if tensor.dtype != dtype:
+                raise UntrustedInput(f"{name} is of type {tensor.dtype}, and {dtype} is meant; use a sound copy")
+            if part in _POSITIVE and not bool((tensor > 0).all()):
+                raise UntrustedInput(
+                    f"scale {name} holds {float(tensor.min()):.3g}; a scale is positive: use a sound copy"
+                )
+            if part == "packed.zero_point" and int(tensor.max()) >= 2**bits:
+                raise UntrustedInput(
+                    f"{name} holds {int(tensor.max())}, outside its grid of {bits} bits; use a sound copy"
+                )
+            if part == "packed.scale_codes" and not bool(tensor.view(torch.float8_e4m3fn).float().isfinite().all()):
+                raise UntrustedInput(f"{name} holds a code that is no number; use a sound copy")
+
+
+def stored_probe(folder: Path, config: Any) -> tuple[dict[str, Tensor], Tensor] | None:
+    """(probe inputs, the simulated model's last logits) kept with the folder, or None.
+
+    Raises: UntrustedInput unless they are tokens that a model of this `config` can take, and finite logits.
+    """
     path = Path(folder) / PARITY
     if not path.exists():
         return None
-    tensors = load_file(path)
-    return {k.removeprefix("input."): v for k, v in tensors.items() if k.startswith("input.")}, tensors["logits"]
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UntrustedInput(f"{path} cannot be read: {error}") from error
+    logits = tensors.pop("logits", None)
+    inputs = {k.removeprefix("input."): v for k, v in tensors.items() if k.startswith("input.")}
+    limits = {
+        "input_ids": config.vocab_size,
+        "attention_mask": 2,
+        "token_type_ids": getattr(config, "type_vocab_size", 1),
+    }
+    shape = inputs["input_ids"].shape if "input_ids" in inputs else ()
+    sound = (
+        len(inputs) == len(tensors)
+        and len(shape) == 2
+        and 0 < shape[0] * shape[1]
+        and shape[1] <= (getattr(config, "max_position_embeddings", None) or shape[1])
+        and all(k in limits and v.shape == shape and v.dtype == torch.int64 for k, v in inputs.items())
+        and all(0 <= int(v.min()) and int(v.max()) < limits[k] for k, v in inputs.items())
+        and logits is not None
+        and logits.is_floating_point()
+        and len(logits) == shape[0]
+        and bool(torch.isfinite(logits).all())
+    )
+    if not sound:
+        raise UntrustedInput(f"{path} holds no probe that this model could run on; use a sound copy")
+    return inputs, logits  # type: ignore[return-value]
 
 
 def expected_digests(receipt: dict[str, Any]) -> Digests:

@@ -46,6 +46,8 @@ class QuantailorConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = "quantailor"  # type: ignore[assignment]
         self.version, self.schemes, self.layers = version, schemes or [], layers or {}
+        if type(version) is not int or version < 1:
+            raise UntrustedInput(f"the folder says format version {version!r}, which never was one; it is damaged")
         if version > FORMAT_VERSION:
             raise UntrustedInput(
                 f"the folder is in format version {version}; this quantailor reads up to {FORMAT_VERSION}: upgrade it"
@@ -67,10 +69,6 @@ class QuantailorQuantizer(HfQuantizer):
                 model.get_submodule(name).packed = model.get_submodule(layer["tied_to"]).packed
         return model
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        tied = tuple(f"{n}.packed." for n, layer in self.quantization_config.layers.items() if layer.get("tied_to"))
-        return [key for key in missing_keys if not key.startswith(tied)] if tied else missing_keys
-
     def is_serializable(self) -> bool:
         return True
 
@@ -82,8 +80,19 @@ class QuantailorQuantizer(HfQuantizer):
 def install_packed(model: nn.Module, config: QuantailorConfig, device: str = "meta") -> None:
     """Replace the named modules by packed ones with empty buffers.
 
-    Raises: UntrustedInput where a name is not in the model or its shape contradicts it.
+    Raises: UntrustedInput where a name is not in the model or what is said of it contradicts the module there.
     """
+    try:
+        _install(model, config, device)
+    except UntrustedInput:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UntrustedInput(
+            f"quantization_config is damaged ({type(error).__name__}: {error}); use a sound copy"
+        ) from error
+
+
+def _install(model: nn.Module, config: QuantailorConfig, device: str) -> None:
     schemes = [from_json(scheme) for scheme in config.schemes]
     for name, layer in config.layers.items():
         try:
@@ -93,21 +102,34 @@ def install_packed(model: nn.Module, config: QuantailorConfig, device: str = "me
                 f"the config quantizes {name}, which this model does not have; the folder is damaged"
             ) from error
         scheme = schemes[layer["scheme"]]
-        assert isinstance(scheme, Scheme) and scheme.weight is not None
+        if not isinstance(scheme, Scheme) or scheme.weight is None or type(old).__name__ != layer["kind"]:
+            raise UntrustedInput(
+                f"the config quantizes {name} as a {layer['kind']}, and the model has a {type(old).__name__} there; "
+                "the folder is damaged"
+            )
         rows, length = layer["shape"]
-        tied_to = layer.get("tied_to")
-        shared = getattr(model.get_submodule(tied_to), "packed", None) if tied_to else None
-        weight = shared if isinstance(shared, PackedWeight) else PackedWeight(scheme.weight, rows, length, device)
+        weight = PackedWeight(scheme.weight, rows, length, device)
+        if layer.get("tied_to"):  # gets the other layer's once that is loaded; the files have none for it
+            for part, buffer in list(weight.named_buffers()):
+                weight.register_buffer(part, buffer, persistent=False)
         bias = torch.zeros(rows, device=device) if layer["bias"] else None
         new: nn.Module
         if layer["kind"] == "Embedding":
-            new = QuantEmbedding(scheme, weight, None)
+            new = QuantEmbedding(scheme, weight, None, old.weight.dtype)  # type: ignore[union-attr,arg-type]
         elif layer["kind"] == "Conv2d":
             settings = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["conv"].items()}
             new = QuantConv2d(scheme, weight, bias, settings)
         else:
             new = QuantLinear(scheme, weight, bias)
         replace(model, name, new.train(old.training))
+    _untie(model, config)
+
+
+def _untie(model: nn.Module, config: QuantailorConfig) -> None:
+    """Packed layers share integers, not the parameters that transformers would look for to tie them."""
+    gone = {f"{name}.weight" for name in config.layers}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in gone and v not in gone}  # type: ignore[assignment]
 
 
 class _Wrapper(PreTrainedConfig):
@@ -139,8 +161,13 @@ def unwrapped(config: dict[str, Any]) -> dict[str, Any]:
         raise UntrustedInput(
             "config.json says model_type quantailor but holds no known quantailor_config; the folder is damaged"
         )
-    weights = config.get("weights_file", WEIGHTS_NAME)
-    return {**inner, "quantization_config": config["quantization_config"], "transformers_weights": weights}
+    weights, quantization = config.get("weights_file", WEIGHTS_NAME), config.get("quantization_config")
+    if weights not in (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json") or not isinstance(quantization, dict):
+        raise UntrustedInput(
+            f"config.json says model_type quantailor and names weights {weights!r}, or no quantization_config; "
+            "the folder is damaged"
+        )
+    return {**inner, "quantization_config": quantization, "transformers_weights": weights}
 
 
 def register() -> None:

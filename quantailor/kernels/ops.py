@@ -77,7 +77,7 @@ def int_linear(
         if weight.shift is not None:
             part = part + flat[:, columns].sum(1, keepdim=True, dtype=torch.float32) * weight.shift[:, group]
         y = y + part * weight.scale[:, group]
-    y = y * (x_scale.reshape(-1, 1) if x_scale.numel() > 1 else x_scale.reshape(1))
+    y = y * (x_scale.reshape(-1, 1) if x_scale.dim() > 1 else x_scale)
     y = y if bias is None else y + bias
     return y.reshape(*x_q.shape[:-1], y.shape[1])
 

@@ -7,6 +7,7 @@ or unexpected tensor is an error, except for the head that a bare encoder is abo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,8 @@ def quiet_transformers() -> None:
 
 def task_of(config: dict[str, Any]) -> Task | None:
     """What the model was made for, from its config; None for a bare encoder."""
-    names = " ".join(config.get("architectures") or [])
+    listed = config.get("architectures")
+    names = " ".join(map(str, listed)) if isinstance(listed, list) else ""
     if "ForCausalLM" in names or "LMHead" in names:
         return "lm"
     return "classification" if "ForSequenceClassification" in names else None
@@ -72,8 +74,8 @@ def load_float(folder: Path, task: Task | None = None, num_labels: int | None = 
     """
     quiet_transformers()
     files = scan_model_folder(folder)
-    if "quantization_config" in files.config:
-        method = files.config["quantization_config"].get("quant_method")
+    if (quantization := files.config.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UsageError(f"{folder} is quantized already ({method}); start from its float parent")
     own_task = task_of(files.config)
     if own_task is not None and task is not None and own_task != task:
@@ -85,16 +87,20 @@ def load_float(folder: Path, task: Task | None = None, num_labels: int | None = 
             f"{folder} is a bare encoder without a head; fine-tune it first: "
             f"quantailor train {folder} --scheme float --data TRAIN.jsonl --out DIR"
         )
-    model, notes = _from_pretrained(folder, chosen, new_head=own_task is None, num_labels=num_labels)
+    shapes = {name: fact.shape for name, fact in files.tensors.items()}
+    model, notes = _from_pretrained(folder, chosen, shapes, new_head=own_task is None, num_labels=num_labels)
     return Loaded(model, load_tokenizer(folder), chosen, notes)
 
 
 def _from_pretrained(
-    folder: Path, task: Task, new_head: bool, num_labels: int | None
+    folder: Path, task: Task, shapes: Mapping[str, Sequence[int]], new_head: bool, num_labels: int | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     options: dict[str, Any] = {"num_labels": num_labels} if new_head and num_labels else {}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        with torch.device("meta"):
+            skeleton = _CLASSES[task].from_config(config)
+        check_shapes(folder, skeleton, shapes)
         model, info = _CLASSES[task].from_pretrained(
             folder,
             config=config,
@@ -102,15 +108,19 @@ def _from_pretrained(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # an error below, where the tensor is named
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except UntrustedInput:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UntrustedInput(f"{folder} does not load as a model for {task}: {first}") from error
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if mismatched := info.get("mismatched_keys"):
         raise UntrustedInput(
-            f"{folder}: {sorted(mismatched)[0]} has another shape than config.json says; the folder is damaged"
+            f"{folder}: tensor {min(key for key, *_ in mismatched)} has another shape than config.json says; "
+            "the folder is damaged"
         )
     head = ("classifier.", "score.", "classification_head.", "pre_classifier.")
     notes = []
@@ -125,6 +135,19 @@ def _from_pretrained(
             f"{folder} {kind} tensor {key}{more}, against its config.json; use a whole checkpoint of one model"
         )
     return model.eval(), tuple(notes)
+
+
+def check_shapes(folder: Path, skeleton: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Hold what the files have against a model without weights (on `meta`), before anything is allocated.
+
+    Raises: UntrustedInput naming the first tensor of another shape.
+    """
+    for name, tensor in skeleton.state_dict().items():
+        if name in shapes and tuple(shapes[name]) != tuple(tensor.shape):
+            raise UntrustedInput(
+                f"{folder}: tensor {name} is {list(shapes[name])}, and config.json makes it {list(tensor.shape)}; "
+                "use a whole checkpoint of one model"
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:

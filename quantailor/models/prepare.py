@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from quantailor.errors import UntrustedInput
 from quantailor.models.structure import modules_of, replace
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.fake_quant import FakeQuant, fake_quantized
@@ -45,7 +46,7 @@ def state_of(model: nn.Module) -> State | None:
 def prepare(model: nn.Module, recipe: Recipe) -> State:
     """Replace every module that the recipe quantizes by its fake-quantized twin, with min-max scales.
 
-    Raises: UsageError as `Recipe.assign` does.
+    Raises: UsageError as `Recipe.assign` does; UntrustedInput where a weight holds NaN or Inf, naming its layer.
     """
     inventory = recipe.assign(model)
     quantizers: dict[int, WeightQuantizer] = {}
@@ -54,8 +55,10 @@ def prepare(model: nn.Module, recipe: Recipe) -> State:
         if twin.weight_quantizer is not None:
             shared = quantizers.setdefault(id(twin.weight), twin.weight_quantizer)
             if shared is twin.weight_quantizer:
-                # Good enough to compute with; calibration searches better ones.
-                shared.set_scale(*weight_scale(twin.weight_ON, dataclasses.replace(shared.spec, range="minmax")))
+                try:  # good enough to compute with; calibration searches better ones
+                    shared.set_scale(*weight_scale(twin.weight_ON, dataclasses.replace(shared.spec, range="minmax")))
+                except ValueError as error:
+                    raise UntrustedInput(f"{name}: {error}") from error
             twin.weight_quantizer = shared
         replace(model, name, twin)
     state = State(recipe.scheme, inventory)

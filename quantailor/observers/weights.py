@@ -16,15 +16,20 @@ from quantailor.spec import NF4, Balanced, Binary, Int, PerTensor, QuantSpec, Te
 
 # Ratios of the min-max range that are tried. At 2 bits the best one is often below a half, at 8 bits near 1.
 _RATIOS = tuple(1.0 - 0.0125 * i for i in range(64))
+_TINY = torch.finfo(torch.float32).tiny  # the scale of zeros on a grid without a level 0
 _CHUNK = 1 << 16  # weights searched at once
 
 
 def weight_scale(weight_ON: Tensor, spec: QuantSpec, importance_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale float32 [O, G, 1] and zero point int32 [O, G, 1] for a weight; [1, 1, 1] if per tensor.
 
-    `importance_N` weighs the error of each input channel; None = all alike. Groups that are all zero get scale 1.
+    `importance_N` weighs the error of each input channel; None = all alike. Groups that are all zero get scale 1; on a
+    grid without 0 the smallest there is.
+    Raises: ValueError where the weight holds NaN or Inf.
     """
     weight_ON = weight_ON.detach().float()
+    if not bool(torch.isfinite(weight_ON).all()):
+        raise ValueError("its weight holds NaN or Inf, which have no place on a grid; start from a sound copy")
     h_N = torch.ones_like(weight_ON[0]) if importance_N is None else importance_N.to(weight_ON)
     if isinstance(spec.granularity, PerTensor):
         weight_ON, h_N = weight_ON.reshape(1, -1), h_N.repeat(weight_ON.shape[0])
@@ -42,7 +47,7 @@ def _search(w: Tensor, h: Tensor, count: Tensor, spec: QuantSpec) -> tuple[Tenso
     if isinstance(grid, Ternary):  # BitNet b1.58, arXiv:2402.17764, Eq. 3: gamma = mean |W|
         return _safe(w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count), none
     if isinstance(grid, Binary):  # XNOR-Net, arXiv:1603.05279, Eq. 6: alpha = mean |W|; levels are half steps
-        return _safe(2 * w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count), none
+        return _safe(2 * w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count, zero=_TINY), none
     scale, zero_point = _candidate(w, grid, 1.0)
     if spec.range == "minmax":
         return scale, zero_point
@@ -69,7 +74,7 @@ def _best(w: Tensor, h: Tensor, grid: Int | Balanced, scale: Tensor, zero_point:
 def _candidate(w: Tensor, grid: Int | Balanced, ratio: float) -> tuple[Tensor, Tensor]:
     low, high = w.amin(-1, keepdim=True) * ratio, w.amax(-1, keepdim=True) * ratio
     if isinstance(grid, Balanced):  # alpha = 2 steps: levels at 1/4 and 3/4 of it
-        return _safe(torch.maximum(-low, high) / 2), torch.zeros_like(low, dtype=torch.int32)
+        return _safe(torch.maximum(-low, high) / 2, zero=_TINY), torch.zeros_like(low, dtype=torch.int32)
     return affine.scale_zero_point(low, high, grid.qmin, grid.qmax, grid.symmetric)
 
 
@@ -84,7 +89,7 @@ def _error(w: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, grid: Int | 
     return w_hat.mul_(scale).sub_(w).square_().mul_(h).sum(-1, keepdim=True)
 
 
-def _safe(scale: Tensor) -> Tensor:
-    """float32; 1 where it is 0 or its reciprocal overflows, finite where it would overflow itself."""
+def _safe(scale: Tensor, zero: float = 1.0) -> Tensor:
+    """float32; `zero` where it is 0 or its reciprocal overflows, finite where it would overflow itself."""
     scale = scale.clamp(max=torch.finfo(torch.float32).max).float()
-    return torch.where(torch.isfinite(scale.reciprocal()), scale, torch.ones_like(scale))
+    return torch.where(torch.isfinite(scale.reciprocal()), scale, torch.full_like(scale, zero))

@@ -7,6 +7,7 @@ the hidden states are in memory at a time.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -124,27 +125,60 @@ class _Calibration:
     def walk(self, named_blocks: list[tuple[str, nn.Module]], advance: Callable[[int], None]) -> None:
         """Blocks in order."""
         hidden, calls = self._capture([block for _, block in named_blocks])
+        float_hidden = list(hidden)  # the same tensors until a block has been quantized
         for index, (prefix, block) in enumerate(named_blocks):
             runs = [_Run(block, hidden[i], calls[i][index]) for i in range(len(self.batches))]
             inside = {f"{prefix}.{name}": module for name, module in modules_of(block, _SOLVED_ON_DATA)}
-            self._solve_units(inside, runs, advance)
+            twin = self._twin(block) if any(self.methods(n).needs_float_path for n in inside) else None
+            float_runs = (
+                [_Run(twin, float_hidden[i], calls[i][index]) for i in range(len(self.batches))] if twin else None
+            )
+            self._solve_units(inside, runs, advance, _FloatPath(prefix, twin, float_runs) if float_runs else None)
+            if float_runs:
+                float_hidden = [run() for run in float_runs]
+                self._refine(block, inside, runs, float_hidden)
             for i, run in enumerate(runs):
                 if block is not named_blocks[-1][1]:
                     hidden[i] = run()
                 calls[i][index].clear()  # what only this block needed is free now
+
+    def _twin(self, block: nn.Module) -> nn.Module:
+        """The block as it is in the float model."""
+        twin = copy.deepcopy(block)
+        for _, module in modules_of(twin, FAKE_QUANT):
+            for quantizer in (module.weight_quantizer, module.input_quantizer, module.output_quantizer):
+                if quantizer is not None:
+                    quantizer.enabled = False
+        return twin
+
+    def _refine(self, block: nn.Module, inside: dict[str, nn.Module], runs: list[_Run], targets: list[Tensor]) -> None:
+        """Let a method that works on whole blocks move what `solve` found. Tied weights stay as they were solved."""
+        by_method: dict[int, tuple[Any, dict[str, nn.Module]]] = {}
+        for name, module in inside.items():
+            method = self.methods(name)
+            if hasattr(method, "refine") and "tied_to" not in self.state.layers.get(name, {}):
+                by_method.setdefault(id(method), (method, {}))[1][name] = module
+        for method, layers in by_method.values():
+            for name, report in method.refine(block, layers, runs, targets, self.masks).items():
+                self.state.layers[name] = {**self.state.layers[name], **report}
 
     def whole_model(self, names: list[str], advance: Callable[[int], None]) -> None:
         """Layers outside the blocks, or a model without blocks: statistics by whole forward passes."""
         self._solve_units({name: self.model.get_submodule(name) for name in names}, self.runs, advance)
 
     def _solve_units(
-        self, inside: dict[str, nn.Module], runs: Sequence[Callable[[], Any]], advance: Callable[[int], None]
+        self,
+        inside: dict[str, nn.Module],
+        runs: Sequence[Callable[[], Any]],
+        advance: Callable[[int], None],
+        float_path: _FloatPath | None = None,
     ) -> None:
         with _in_float(inside.values(), except_for=self.final):
             units, repeated = _units(inside, runs)
         for unit in units:
             with _in_float(inside.values(), except_for=self.final):
-                statistics = self._observe({n: inside[n] for n in unit}, runs, stop=repeated.isdisjoint(unit))
+                once = repeated.isdisjoint(unit)
+                statistics = self._observe({n: inside[n] for n in unit}, runs, once, float_path if once else None)
             for name in unit:
                 self.solve(name, inside[name], statistics)  # type: ignore[arg-type]
                 advance(1)
@@ -155,29 +189,35 @@ class _Calibration:
                 self.solve(name, inside[name], None)  # type: ignore[arg-type]
                 advance(1)
 
-    def _observe(self, unit: dict[str, Any], runs: Sequence[Callable[[], Any]], stop: bool) -> Statistics:
+    def _observe(
+        self, unit: dict[str, Any], runs: Sequence[Callable[[], Any]], stop: bool, float_path: _FloatPath | None
+    ) -> Statistics:
         """Statistics of the unit's shared input over all batches, and ranges for its static quantizers.
 
-        `stop`: a pass may end once the unit has run, since it runs only once.
+        `stop`: a pass may end once the unit has run, since it runs only once. `float_path` gives the same rows in the
+        float model, for methods that ask.
         """
         first_name, first = next(iter(unit.items()))
         full = any(self.methods(name).needs_hessian for name in unit) and getattr(first, "groups", 1) == 1
-        statistics = Statistics.empty(first.weight_ON.shape[1], full, first.weight.device)
+        crossed = full and float_path is not None and any(self.methods(name).needs_float_path for name in unit)
+        statistics = Statistics.empty(first.weight_ON.shape[1], full, first.weight.device, crossed)
         quantizers = [m.input_quantizer for m in unit.values() if isinstance(m.input_quantizer, ActivationQuantizer)]
         outputs = [m.output_quantizer for m in unit.values() if isinstance(m.output_quantizer, ActivationQuantizer)]
         for quantizer in (*quantizers, *outputs):
             quantizer.start_calibration()
-        current: dict[str, Tensor | None] = {"mask": None}
+        current: dict[str, Tensor | None] = {"mask": None, "float": None}
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            statistics.add(rows_of(args[0], module, current["mask"]))
+            statistics.add(rows_of(args[0], module, current["mask"]), current["float"])
 
         handles = [first.register_forward_pre_hook(hook)]
         if stop:
             handles.append(list(unit.values())[-1].register_forward_hook(_stop))
         try:
-            for run, mask in zip(runs, self.masks):
+            for i, (run, mask) in enumerate(zip(runs, self.masks)):
                 current["mask"] = mask
+                if crossed and float_path is not None:
+                    current["float"] = rows_of(float_path.input_of(first_name, i), first, mask)
                 for quantizer in (*quantizers, *outputs):
                     quantizer.mask = mask
                 _run_until_stop(run)
@@ -200,7 +240,7 @@ class _Calibration:
         if first != name:
             self.state.layers[name] = {**self.state.layers[first], "tied_to": first}
             return
-        weight = module.weight_ON.detach().float()
+        weight = module.weight_ON.detach().float().clone()  # `set_rounded` will move the module's own
         solution = self.methods(name).solve(weight, statistics, quantizer.spec)
         quantizer.set_scale(solution.scale, solution.zero_point)
         q = solution.q
@@ -242,6 +282,29 @@ class _Calibration:
             for handle in handles:
                 handle.remove()
         return hidden, calls
+
+
+class _FloatPath:
+    """A block of the float model, for the inputs its layers would have had."""
+
+    def __init__(self, prefix: str, block: nn.Module | None, runs: list[_Run]) -> None:
+        self.prefix, self.block, self.runs = prefix, block, runs
+
+    def input_of(self, name: str, batch: int) -> Tensor:
+        """What the layer called `name` gets on a batch."""
+        assert self.block is not None
+        kept: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            kept.append(args[0])
+            raise _Stop
+
+        handle = self.block.get_submodule(name.removeprefix(f"{self.prefix}.")).register_forward_pre_hook(hook)
+        try:
+            _run_until_stop(self.runs[batch])
+        finally:
+            handle.remove()
+        return kept[0]
 
 
 class _Run:

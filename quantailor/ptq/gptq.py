@@ -32,6 +32,7 @@ class GPTQ:
     block_size: int = 128  # columns a deferred update: the speed, never the result
     act_order: bool = True
     needs_hessian: bool = True
+    needs_float_path: bool = False
 
     def solve(self, weight_ON: Tensor, statistics: Statistics | None, spec: QuantSpec) -> Solution:
         """Integers for one layer. Falls back to RTN without usable data, and says so in the report."""

@@ -29,6 +29,11 @@ class Method(Protocol):
         """Whether `solve` wants all of X^T X, or only its diagonal."""
         ...
 
+    @property
+    def needs_float_path(self) -> bool:
+        """Whether `solve` wants X^T X_float as well: it costs a second pass, through the float model."""
+        ...
+
     def solve(self, weight_ON: Tensor, statistics: Statistics | None, spec: QuantSpec) -> Solution:
         """Integers for one weight. `statistics` None: no data reached the layer; the method must cope, and say so."""
         ...

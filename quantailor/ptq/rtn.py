@@ -20,6 +20,7 @@ from quantailor.spec import QuantSpec
 @dataclass(frozen=True)
 class RTN:
     needs_hessian: bool = False
+    needs_float_path: bool = False
 
     def solve(self, weight_ON: Tensor, statistics: Statistics | None, spec: QuantSpec) -> Solution:
         importance = statistics.importance if statistics else None

@@ -16,22 +16,26 @@ from quantailor.observers.ranges import rows_that_count
 class Statistics:
     """Sums over calibration rows. N = input features (for a convolution: inputs times kernel).
 
-    `hessian` float32 [N, N] = X^T X, None where only `diagonal` [N] was asked for.
+    `hessian` float32 [N, N] = X^T X, None where only `diagonal` [N] was asked for; `cross` [N, N] = X^T X_float,
+    with the same rows as they are in the float model, None where no method asked.
     """
 
     diagonal: Tensor
     hessian: Tensor | None
+    cross: Tensor | None = None
     num_rows: int = 0
     rejected: int = 0
     batches: int = 0
 
     @staticmethod
-    def empty(in_features: int, full: bool, device: torch.device) -> Statistics:
-        hessian = torch.zeros(in_features, in_features, device=device) if full else None
-        return Statistics(torch.zeros(in_features, device=device), hessian)
+    def empty(in_features: int, full: bool, device: torch.device, crossed: bool = False) -> Statistics:
+        hessian, cross = (
+            torch.zeros(in_features, in_features, device=device) if wanted else None for wanted in (full, crossed)
+        )
+        return Statistics(torch.zeros(in_features, device=device), hessian, cross)
 
-    def add(self, x_TN: Tensor) -> None:
-        """Fold rows in. A batch with a value that is not finite is left out and counted."""
+    def add(self, x_TN: Tensor, float_TN: Tensor | None = None) -> None:
+        """Fold rows in; `float_TN`: the same rows in the float model. A batch that is not finite is only counted."""
         x = x_TN.detach().float()
         self.batches += 1
         if not bool(torch.isfinite(x).all()):
@@ -41,6 +45,8 @@ class Statistics:
         self.diagonal += x.square().sum(0)
         if self.hessian is not None:
             self.hessian.addmm_(x.t(), x)
+        if self.cross is not None and float_TN is not None:
+            self.cross.addmm_(x.t(), float_TN.detach().float())
 
     def check(self, name: str) -> None:
         """Raises: UntrustedInput if over 1 % of the batches were not finite."""

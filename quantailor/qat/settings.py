@@ -33,6 +33,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UsageError(f"steps={self.steps} trains nothing; use 1 or more")
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"seed={self.seed} must be 0 or more and below 2^31")
         for name in ("learning_rate", "scale_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 10:
@@ -53,7 +55,7 @@ LEARNING_RATES: dict[int, tuple[float, float]] = {
     6: (1e-4, 3e-4),
     7: (5e-5, 3e-4),
     8: (5e-5, 3e-4),
-    0: (5e-4, 0.0),
+    0: (2e-4, 0.0),
 }
 
 

@@ -95,6 +95,7 @@ class Watch(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: Any = None,
         **_: Any,
     ) -> None:
         assert model is not None
@@ -121,6 +122,9 @@ class Watch(TrainerCallback):
         for group in inner.param_groups:
             group["lr"] *= 0.5
             group["initial_lr"] = group.get("initial_lr", group["lr"]) * 0.5
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        if schedule is not None:  # it computes each step's rates from its own copy of the first ones
+            schedule.base_lrs = [0.5 * rate for rate in schedule.base_lrs]
 
     def on_step_end(
         self,

@@ -1,6 +1,6 @@
 """The ladder of `fit`: the cheapest way that meets the tolerance, each rung tried only if the one before fell short.
 
-    float -> RTN -> GPTQ -> hybrid (best PTQ + short QAT) -> QAT (longer, from the best so far)
+    float -> RTN -> GPTQ -> Qronos -> hybrid (best PTQ + short QAT) -> QAT (longer, from the best so far)
 
 Every rung says why it was taken or left, how long it took and what it measured. What comes back is the best that was
 found, even where nothing met the tolerance: then the verdict says so.
@@ -12,7 +12,8 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from quantailor.errors import UsageError
 from quantailor.evaluate.result import Result, difference
 from quantailor.evaluate.run import evaluate, reference_for
 from quantailor.models.prepare import prepare, state_of
-from quantailor.progress import Progress
+from quantailor.progress import Advance, Progress
 from quantailor.ptq import METHODS
 from quantailor.ptq.driver import calibrate
 from quantailor.ptq.method import Method
@@ -45,14 +46,14 @@ class Goal:
     short_steps: int = 100
     long_steps: int = 400
     settings: Settings = field(default_factory=Settings)
-    methods: tuple[str, ...] = ("rtn", "gptq")
+    methods: tuple[str, ...] = ("rtn", "gptq", "qronos")
     control: bool = False  # also fine-tune the float model for the steps that QAT took
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
             raise UsageError(f"tolerance={self.tolerance} must be 0 or more and below 1; 2% is 0.02")
-        if self.minutes <= 0:
-            raise UsageError(f"minutes={self.minutes} leaves no time; use more than 0")
+        if not 0 < self.minutes < math.inf:
+            raise UsageError(f"minutes={self.minutes} is no time to work in; use more than 0, such as 30")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,18 @@ def relative_loss(value: float, base: float, higher_is_better: bool) -> float:
     return (base - value) / abs(base) if higher_is_better else (value - base) / abs(base)
 
 
+class _Pace(Progress):
+    """Notes when each step of a run ended."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.ticks: list[float] = []
+
+    @contextmanager
+    def task(self, title: str, total: int) -> Iterator[Advance]:
+        yield lambda _steps: self.ticks.append(self.clock())
+
+
 class Ladder:
     """`climb` does the work. The float model is never changed; candidates are copies of it."""
 
@@ -147,7 +160,7 @@ class Ladder:
         ptq = best
         verdict = "infeasible"
         for name, steps in (("hybrid", self.goal.short_steps), ("qat", self.goal.long_steps)):
-            affordable = self._affordable(steps)
+            affordable = self._affordable(steps, best_model)
             if affordable < 1:
                 self.notes.append(
                     f"{name} left out: {self.seconds_left:.0f} s are left of {self.goal.minutes:g} minutes"
@@ -225,11 +238,26 @@ class Ladder:
             return (-result.value, getattr(result, "mean_loss", 0.0))
         return (getattr(result, "nats_per_token", result.value),)
 
-    def _affordable(self, steps: int) -> int:
+    def _affordable(self, steps: int, start: nn.Module) -> int:
         """Steps that the time left pays for, by the pace of the run before, or of a few trial steps."""
-        if not hasattr(self, "seconds_per_step"):
-            return steps if self.seconds_left > 0 else 0
-        return min(steps, int(0.9 * self.seconds_left / self.seconds_per_step))
+        if self.seconds_left > 0 and not hasattr(self, "seconds_per_step"):
+            self.seconds_per_step = self._trial(steps, start)
+        return min(steps, int(0.9 * self.seconds_left / self.seconds_per_step)) if self.seconds_left > 0 else 0
+
+    def _trial(self, steps: int, start: nn.Module) -> float:
+        """Seconds a step of a run of so many, its share of the measuring included; on a copy that is thrown away."""
+        pace, looks = _Pace(self.clock), []
+
+        def timed(model: nn.Module) -> Score:
+            began = self.clock()
+            score = self._quick(model)
+            looks.append(self.clock() - began)
+            return score
+
+        settings = dataclasses.replace(self.goal.settings, steps=3, evaluations=1)
+        train(copy.deepcopy(start), self.train_data, timed, settings, teacher=self.model, progress=pace)
+        seconds = (pace.ticks[-1] - pace.ticks[0]) / max(1, len(pace.ticks) - 1)
+        return max(1e-6, seconds + min(looks) * (self.goal.settings.evaluations + 1) / steps)
 
     def _measure(
         self, name: str, model: nn.Module, reason: str, began: float, training: TrainReport | None = None

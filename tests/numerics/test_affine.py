@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantailor.numerics.affine import (
@@ -87,6 +87,7 @@ def test_integers_have_the_smallest_type_that_holds_them():
 floats = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
+@settings(deadline=None, max_examples=200)
 @given(st.sampled_from(GRIDS), floats, floats)
 def test_zero_is_always_a_level_and_the_range_is_covered(grid, a, b):
     low, high = torch.tensor(min(a, b)), torch.tensor(max(a, b))
@@ -134,6 +135,7 @@ def test_a_scale_is_finite_and_positive(bad):
     assert checked_scale(good) is good
 
 
+@settings(deadline=None, max_examples=200)
 @given(st.sampled_from(GRIDS), st.integers(0, 2**31), st.floats(2**-20, 2**20, width=32))
 def test_idempotent_monotone_symmetric_and_the_same_for_each_channel(grid, seed, scale):
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)) * scale * 2 ** (grid.bits - 1)

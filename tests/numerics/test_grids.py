@@ -83,7 +83,7 @@ def test_gradients_on_nf4_pass_straight_through():
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_storage_is_unsigned_and_fits_the_bits(grid):
     qmin, qmax, _ = grids.limits(grid)
-    assert 0 <= qmin - grids.lowest(grid) and qmax - grids.lowest(grid) < 2**grid.bits
+    assert qmin >= grids.lowest(grid) and qmax - grids.lowest(grid) < 2**grid.bits
 
 
 def test_another_thing_is_no_grid():

@@ -12,19 +12,15 @@ PUBLISHED = """
 
 
 def test_the_levels_are_the_published_ones():
-    assert nf4.LEVELS == tuple(float(level) for level in PUBLISHED.split(","))
+    assert tuple(float(level) for level in PUBLISHED.split(",")) == nf4.LEVELS
 
 
 def test_the_levels_are_quantiles_of_the_normal_distribution():
-    """As bitsandbytes makes them: 8 quantiles below 0, 0 itself, 7 above, evenly spaced in probability from 0.9677083."""
-    below = -torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
-    above = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
-    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
-    levels = torch.where(levels > 0, levels / above.max(), levels / below.abs().max())
+    """As bitsandbytes makes them: 7 quantiles below 0, 0 itself, 8 above, evenly spaced in probability to 0.9677083."""
+    above = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above.flip(0)]) / above.max()
     torch.testing.assert_close(torch.tensor(nf4.LEVELS, dtype=torch.float64), levels, rtol=0, atol=2e-7)
-
-
-# 8 quantiles on the positive side in this convention; the test above mirrors the sides, see the levels' own asymmetry.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -33,7 +29,9 @@ def test_the_nearest_level_by_brute_force(dtype):
     absmax = x.abs().amax(1, keepdim=True).clamp(min=0.1)
     q = nf4.encode(x, absmax)
     assert q.dtype == torch.uint8 and int(q.max()) == 15
-    distance = (x[..., None].double() / absmax[..., None].double() - torch.tensor(nf4.LEVELS, dtype=torch.float64)).abs()
+    distance = (
+        x[..., None].double() / absmax[..., None].double() - torch.tensor(nf4.LEVELS, dtype=torch.float64)
+    ).abs()
     torch.testing.assert_close(distance.gather(-1, q.long()[..., None])[..., 0], distance.amin(-1), rtol=0, atol=1e-7)
     decoded = nf4.decode(q, absmax)
     assert decoded.dtype == dtype

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantailor.numerics.packing import pack, unpack, words_per_row
@@ -11,6 +11,7 @@ def draw(rows, length, bits, seed=0):
     return torch.randint(0, 2**bits, (rows, length), generator=generator)
 
 
+@settings(deadline=None, max_examples=200)
 @given(st.integers(1, 8), st.integers(1, 100), st.integers(0, 4), st.integers(0, 2**31))
 def test_unpacking_gives_back_what_was_packed(bits, length, rows, seed):
     u = draw(rows, length, bits, seed)

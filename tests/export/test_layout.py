@@ -1,0 +1,112 @@
+"""Names and shapes on disk."""
+
+import pytest
+import torch
+
+from quantailor.export.layout import (
+    compressed_tensors_config,
+    from_compressed_tensors,
+    to_compressed_tensors,
+    why_not_compressed_tensors,
+)
+from quantailor.nn.fake_quant import FakeQuantLinear
+from quantailor.nn.packed import packed
+from quantailor.observers.weights import weight_scale
+from quantailor.recipe import Entry, Inventory
+from quantailor.spec import Int, PerChannel, PerTensor, QuantSpec, Scheme
+
+
+def entry(scheme: Scheme | str | None, kind="Linear", shape=(48, 64), tied_to=None, name="layer") -> Entry:
+    parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    return Entry(name, kind, shape, shape[0] * shape[1], parsed, "why", tied_to)
+
+
+def why(*entries: Entry) -> str | None:
+    return why_not_compressed_tensors(Inventory(entries))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16", "w4a16-g32", "w4a16-g64", "w2a16-g32", "w8a16-g32"])
+def test_what_compressed_tensors_can_say(scheme):
+    assert why(entry(scheme), entry(None, kind="LlamaRMSNorm")) is None
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (entry("w8a16", kind="Embedding"), "layer is a Embedding"),
+        (entry("w8a16", kind="Conv1D"), "layer is a Conv1D"),
+        (entry("w8a16", tied_to="embed"), "shares its weight with embed"),
+        (entry("w4a16-g48"), "groups of 48 leave a shorter last one of 64 inputs"),
+        (entry("w4a16-g32-asym"), "not symmetric"),
+        (entry("w3a16-g32"), "not symmetric with 2, 4 or 8 bits"),
+        (entry("nf4"), "NF4"),
+        (entry("w1.58a8"), "Ternary"),
+        (entry("w1a1"), "Binary"),
+        (entry("w2a16-g32-balanced"), "Balanced"),
+        (entry("w4a8-g32"), "only 8-bit channel weights go with activations"),
+        (entry("w8a4"), "those must be 8-bit per token"),
+        (entry("w8a8-static"), "those must be 8-bit per token"),
+        (entry(Scheme(weight=QuantSpec(Int(8), PerTensor()))), "its scale is per tensor"),
+        (entry(Scheme(weight=QuantSpec(Int(8, narrow=True), PerChannel()))), "not symmetric"),
+        (entry(Scheme(input=Scheme.parse("w8a8").input)), "only weights, or weights and inputs"),
+    ],
+)
+def test_what_it_cannot_say_is_named(bad, told):
+    assert told in why(entry("w8a8", name="fine"), bad)
+
+
+def test_the_config_names_each_layer_exactly_and_what_is_kept():
+    config = compressed_tensors_config(
+        Inventory(
+            (entry("w8a8", name="a"), entry("w4a16-g32", name="b"), entry("w8a8", name="c"), entry(None, name="head"))
+        )
+    )
+
+    groups = list(config["config_groups"].values())
+    assert [group["targets"] for group in groups] == [["a", "c"], ["b"]]
+    assert [group["format"] for group in groups] == ["int-quantized", "pack-quantized"]
+    assert config["format"] == "mixed-precision" and config["ignore"] == ["head"]
+    assert groups[0]["input_activations"] == {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+    }  # fmt: skip
+    assert groups[1]["weights"]["group_size"] == 32 and groups[1]["input_activations"] is None
+
+
+def layer(scheme: str) -> dict[str, torch.Tensor]:
+    twin = FakeQuantLinear(torch.nn.Linear(64, 48), Scheme.parse(scheme))
+    twin.weight_quantizer.set_scale(*weight_scale(twin.weight_ON, twin.weight_quantizer.spec))
+    return dict(packed(twin).packed.named_buffers())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16-g32", "w2a16-g32", "w4a16"])
+def test_there_and_back_changes_nothing(scheme):
+    buffers, parsed = layer(scheme), Scheme.parse(scheme)
+    stored = to_compressed_tensors("x", buffers, parsed, 64)
+    back = from_compressed_tensors("x", stored, parsed)
+
+    assert back.keys() == buffers.keys()
+    assert all(torch.equal(back[name], buffers[name]) and back[name].dtype == buffers[name].dtype for name in back)
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g32"])
+def test_compressed_tensors_itself_unpacks_the_same_integers(scheme):
+    """Its packing is offset binary, low bits first, in int32 words."""
+    unpack = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers").unpack_from_int32
+    twin = FakeQuantLinear(torch.nn.Linear(64, 48), Scheme.parse(scheme))
+    twin.weight_quantizer.set_scale(*weight_scale(twin.weight_ON, twin.weight_quantizer.spec))
+    store = packed(twin).packed
+    stored = to_compressed_tensors("x", dict(store.named_buffers()), twin.scheme, 64)
+    found = unpack(
+        stored["x.weight_packed"], twin.scheme.weight.grid.bits, torch.Size(stored["x.weight_shape"].tolist())
+    )
+
+    assert torch.equal(found, store.integers())
+
+
+def test_shapes_that_contradict_each_other_are_refused():
+    parsed = Scheme.parse("w8a16")
+    stored = to_compressed_tensors("x", layer("w8a16"), parsed, 64)
+    with pytest.raises(ValueError, match="x: weight_shape says 9 rows, weight_packed has 48"):
+        from_compressed_tensors("x", {**stored, "x.weight_shape": torch.tensor([9, 64])}, parsed)
+    with pytest.raises(KeyError, match=r"x\.weight_packed"):
+        from_compressed_tensors("x", {k: v for k, v in stored.items() if k != "x.weight_packed"}, parsed)

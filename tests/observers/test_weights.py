@@ -1,0 +1,161 @@
+import dataclasses
+
+import pytest
+import torch
+
+from quantailor.numerics import grids
+from quantailor.observers import weights
+from quantailor.observers.weights import weight_scale
+from quantailor.spec import NF4, Balanced, Binary, Int, PerChannel, PerGroup, PerTensor, QuantSpec, Ternary
+
+GRANULARITIES = [PerTensor(), PerChannel(), PerGroup(8), PerGroup(13), PerGroup(40), PerGroup(64)]
+SEARCHED = [Int(2), Int(3), Int(4), Int(8), Int(2, symmetric=False), Int(4, symmetric=False), Int(4, narrow=True)]
+SEARCHED += [Balanced(2)]
+
+
+def draw(rows=5, length=40):
+    """Some rows have an outlier, some a heavy tail, one sits on one side of 0."""
+    w = torch.randn(rows, length)
+    w[0, 3] = 9.0
+    w[1] = w[1].pow(3)
+    w[2] = w[2].abs() + 0.5
+    return w
+
+
+def pieces(w, h, spec):
+    """(row, group, weights, importance) of everything that shares a scale; a ragged last group as it is."""
+    if isinstance(spec.granularity, PerTensor):
+        yield 0, 0, w.flatten(), h.repeat(len(w))
+        return
+    size = spec.group_size or w.shape[1]
+    for row in range(len(w)):
+        for group, (x, importance) in enumerate(zip(w[row].split(size), h.split(size))):
+            yield row, group, x, importance
+
+
+def candidates(x, grid):
+    """Scale and zero point of min-max times each ratio, by the definitions in the paper's terms."""
+    for ratio in weights._RATIOS:
+        low, high = min(float(x.min() * ratio), 0.0), max(float(x.max() * ratio), 0.0)
+        if isinstance(grid, Balanced):
+            yield max(-low, high) / 2, 0
+        elif grid.symmetric:
+            yield max(-low, high) / ((grid.qmax - grid.qmin) / 2), 0
+        else:
+            scale = (high - low) / grid.qmax
+            yield scale, min(max(round(-low / scale), 0), grid.qmax)
+
+
+def error(x, h, scale, zero_point, grid):
+    scale = torch.tensor(scale, dtype=torch.float32)
+    x_hat = grids.decode(grids.encode(x, scale, zero_point, grid), scale, zero_point, grid)
+    return float(((x_hat - x).double().square() * h.double()).sum())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("grid", SEARCHED, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_search_finds_the_best_candidate_of_each_group(grid, granularity, weighted):
+    w, spec = draw(), QuantSpec(grid, granularity)
+    h = torch.rand(40).pow(4) * 10 if weighted else torch.ones(40)
+    scale, zero_point = weight_scale(w, spec, h if weighted else None)
+    groups = 1 if spec.group_size is None else -(-40 // spec.group_size)
+    assert scale.shape == zero_point.shape == ((1 if isinstance(granularity, PerTensor) else 5), groups, 1)
+    assert scale.dtype == torch.float32 and zero_point.dtype == torch.int32
+    for row, group, x, importance in pieces(w, h, spec):
+        s, z = float(scale[row, group]), int(zero_point[row, group])
+        tried = list(candidates(x, grid))
+        assert any(abs(s - t) <= 1e-6 * t and z == zt for t, zt in tried)
+        best = min(error(x, importance, t, zt, grid) for t, zt in tried)
+        assert error(x, importance, s, z, grid) <= best * (1 + 1e-4) + 1e-9
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("grid", SEARCHED, ids=str)
+def test_min_max_is_the_first_candidate(grid, granularity):
+    w, spec = draw(), QuantSpec(grid, granularity, range="minmax")
+    scale, zero_point = weight_scale(w, spec, torch.rand(40))
+    for row, group, x, _ in pieces(w, torch.ones(40), spec):
+        s, z = next(candidates(x, grid))
+        assert abs(float(scale[row, group]) - s) <= 1e-6 * s and int(zero_point[row, group]) == z
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_scales_that_a_paper_gives_in_closed_form(granularity):
+    w = draw()
+    for row, group, x, _ in pieces(w, torch.ones(40), QuantSpec(Ternary(), granularity)):
+        mean = x.abs().mean()
+        ternary, _ = weight_scale(w, QuantSpec(Ternary(), granularity))  # BitNet b1.58, Eq. 3
+        torch.testing.assert_close(ternary[row, group, 0], mean)
+        binary, _ = weight_scale(w, QuantSpec(Binary(), granularity))  # XNOR-Net, Eq. 6: levels are half a step
+        torch.testing.assert_close(binary[row, group, 0] / 2, mean)
+        if isinstance(granularity, PerGroup):
+            nf4, _ = weight_scale(w, QuantSpec(NF4(), granularity))
+            assert nf4[row, group, 0] == x.abs().max()
+
+
+def test_the_levels_of_two_balanced_bits_are_quarters_of_the_range():
+    w = torch.tensor([[-2.0, 1.0, 0.3, -0.1]])
+    spec = QuantSpec(Balanced(2), PerChannel(), range="minmax")
+    scale, _ = weight_scale(w, spec)
+    assert grids.decode(torch.arange(-2, 2), scale.flatten(), 0, spec.grid).tolist() == [-1.5, -0.5, 0.5, 1.5]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_the_chunks_of_the_search_change_nothing(monkeypatch, rows):
+    w, h = torch.randn(rows, 40), torch.rand(40)
+    spec = QuantSpec(Int(3), PerGroup(13))
+    whole = weight_scale(w, spec, h)
+    for chunk in (1, 40, 3 * 52):
+        monkeypatch.setattr(weights, "_CHUNK", chunk)
+        assert all(map(torch.equal, weight_scale(w, spec, h), whole))
+
+
+def test_a_ragged_group_is_the_group_alone():
+    w, h = draw(), torch.rand(40)
+    for grid in (*SEARCHED, Ternary(), Binary(), NF4()):
+        spec = QuantSpec(grid, PerGroup(32))
+        both = weight_scale(w, spec, h)
+        first, last = weight_scale(w[:, :32], spec, h[:32]), weight_scale(w[:, 32:], spec, h[32:])
+        for found, a, b in zip(both, first, last):
+            torch.testing.assert_close(found, torch.cat([a, b], dim=1), rtol=1e-6, atol=0)
+
+
+def test_importance_moves_the_error_to_where_it_costs_least():
+    w, h = draw(20), torch.rand(40).pow(6)
+    spec = QuantSpec(Int(2), PerGroup(40))
+
+    def cost(scale):
+        x_hat = grids.decode(grids.encode(w[:, None], scale, 0, spec.grid), scale, 0, spec.grid)[:, 0]
+        return float(((x_hat - w).square() * h).sum())
+
+    assert cost(weight_scale(w, spec, h)[0]) < cost(weight_scale(w, spec)[0])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("grid", [*SEARCHED, Ternary(), Binary(), NF4(), NF4(double_quant=True)], ids=str)
+def test_zeros_denormals_and_giants_get_a_usable_scale(grid, granularity):
+    if isinstance(grid, NF4) and not isinstance(granularity, PerGroup):
+        return
+    w = draw(8)
+    w[0], w[1], w[2], w[3, 8:] = 0, 1e-42, torch.randn(40) * 1e-38, 0
+    w[4], w[5, 0], w[6] = torch.tensor([3e38, -3e38]).repeat(20), -3e38, 3e38
+    for spec in (QuantSpec(grid, granularity), QuantSpec(grid, granularity, range="minmax")):
+        for h in (None, torch.zeros(40), torch.rand(40)):
+            scale, zero_point = weight_scale(w, spec, h)
+            assert torch.isfinite(scale).all() and torch.isfinite(scale.reciprocal()).all() and (scale > 0).all()
+            assert (zero_point >= 0).all() and (zero_point <= max(grids.limits(grid)[1], 0)).all()
+        if not isinstance(granularity, PerTensor):  # what is 0 stays 0, or next to it where the grid has no 0
+            no_zero = isinstance(grid, Balanced | Binary)
+            assert (weight_scale(w, spec)[0][0] == (torch.finfo(torch.float32).tiny if no_zero else 1)).all()
+
+
+def test_the_weight_is_left_alone():
+    w = draw()
+    before = w.clone()
+    weight_scale(w, QuantSpec(Int(4), PerGroup(13)), torch.rand(40))
+    assert torch.equal(w, before)
+    half = weight_scale(w.bfloat16(), QuantSpec(Int(4), PerChannel()))
+    full = weight_scale(w.bfloat16().float(), QuantSpec(Int(4), PerChannel()))
+    assert all(map(torch.equal, half, full))
+    assert dataclasses.asdict(QuantSpec(Int(4), PerChannel()))["range"] == "mse"
