@@ -1,4 +1,4 @@
-"""From a float model to packed 4 bits, proved and read back, on the built-in model:   python examples/quickstart.py OUT"""
+"""From a float model to packed 4 bits, proved and read back:   python examples/quickstart.py OUT"""
 
 import sys
 from pathlib import Path

@@ -25,7 +25,9 @@ __all__ = [
     "generate",
     "load",
     "pack",
+    "pack_module",
     "quantize",
+    "quantize_module",
     "save",
     "train",
 ]

@@ -12,14 +12,14 @@ import dataclasses
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quantailor
@@ -212,6 +212,33 @@ def quantize(
     state.notes += [f"calibration data: {note}" for note in examples.notes]
     copied.probe = probe_of(examples)
     return copied
+
+
+def quantize_module(
+    module: nn.Module,
+    scheme: str | Scheme,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    method: str = "gptq",
+    rules: Sequence[Rule] = (),
+    ragged: bool = True,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """PTQ of any `nn.Module` with Linear, Conv1D, Conv2d or Embedding layers; a simulated copy comes back.
+
+    `batches`: keyword arguments of `module.forward`, one mapping a call. `pack_module` makes integers of the result;
+    `quantailor_state` on it is the inventory. Raises: UsageError, UntrustedInput as the parts do.
+    """
+    recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
+    copied = copy.deepcopy(module)
+    prepare(copied, recipe).method = method
+    calibrate(copied, batches, lambda _name: METHODS[method], progress)
+    return copied
+
+
+def pack_module(module: nn.Module) -> nn.Module:
+    """The packed twin of what `quantize_module` returned: integers only. The given module is left as it is."""
+    return pack_model(copy.deepcopy(module))
 
 
 def _quantize_without_data(model: Model, method: str) -> None:
@@ -549,7 +576,7 @@ def fit(
         source = as_model(model)
         if source.state is not None:
             raise UsageError("the model is quantized already; start from its float parent")
-        recipe.assign(source.model)  # its mistakes are the user's: before anything is measured
+        folders.choose_format(recipe.assign(source.model), format)  # the user's mistakes: before anything is measured
         train_data, held_out, notes = _data_for_fit(source, data, eval_data, context, goal)
         outcome = Ladder(source.model, recipe, train_data, held_out, goal, progress).climb()
         best = dataclasses.replace(source, model=outcome.model, probe=probe_of(held_out))  # type: ignore[arg-type]

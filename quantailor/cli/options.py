@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,4 +69,13 @@ def show(document: dict[str, Any], text: str, as_json: bool) -> None:
     """The result: one JSON document, or lines for people."""
     global shown
     shown = True
-    print(json.dumps(document, indent=1, ensure_ascii=False) if as_json else text)
+    print(json.dumps(_finite(document), indent=1, ensure_ascii=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: such a number becomes null."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

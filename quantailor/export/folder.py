@@ -460,10 +460,10 @@ def stored_probe(folder: Path, config: Any) -> tuple[dict[str, Tensor], Tensor] 
     sound = (
         len(inputs) == len(tensors)
         and len(shape) == 2
-        and 0 < shape[0] * shape[1]
+        and shape[0] * shape[1] > 0
         and shape[1] <= (getattr(config, "max_position_embeddings", None) or shape[1])
         and all(k in limits and v.shape == shape and v.dtype == torch.int64 for k, v in inputs.items())
-        and all(0 <= int(v.min()) and int(v.max()) < limits[k] for k, v in inputs.items())
+        and all(int(v.min()) >= 0 and int(v.max()) < limits[k] for k, v in inputs.items())
         and logits is not None
         and logits.is_floating_point()
         and len(logits) == shape[0]

@@ -54,6 +54,10 @@ class Goal:
             raise UsageError(f"tolerance={self.tolerance} must be 0 or more and below 1; 2% is 0.02")
         if not 0 < self.minutes < math.inf:
             raise UsageError(f"minutes={self.minutes} is no time to work in; use more than 0, such as 30")
+        if unknown := [method for method in self.methods if method not in METHODS]:
+            raise UsageError(f"method {unknown[0]!r} is none of {', '.join(METHODS)}")
+        if not self.methods:
+            raise UsageError("no PTQ method is named; use at least one, such as rtn")
 
 
 @dataclass(frozen=True)
