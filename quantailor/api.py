@@ -90,36 +90,23 @@ def load(path: str | Path, *, task: Task | None = None, num_labels: int | None =
     Raises: UntrustedInput for a folder that cannot be trusted or is not whole; UsageError where the task does not fit.
     """
     path = Path(path)
-    if (path / folders.RECEIPT).exists() or not path.exists():
-        loaded = folders.read_folder(path, verify_hashes=verify) if not _is_missing(path) else None
-        if loaded is not None:
-            stored, details = folders.stored_probe(path, loaded.model.config), loaded.receipt.get("details")
-            return Model(
-                loaded.model,
-                loaded.tokenizer,
-                loaded.task,
-                {"folder": path.name},
-                notes=list(loaded.state.notes),
-                probe=stored[0] if stored else None,
-                details=details if isinstance(details, dict) else {},
-            )
-    plain = load_float(path, task, num_labels)
+    if not path.exists() and path.parent.is_dir():
+        folders.recover(path)  # a writer may have been killed between its two renames
+    if not (path / folders.RECEIPT).exists():
+        plain = load_float(path, task, num_labels)
+        parent = {"folder": path.name, "hash": hash_folder(path)}
+        return Model(plain.model, plain.tokenizer, plain.task, parent, notes=list(plain.notes))
+    loaded = folders.read_folder(path, verify_hashes=verify)
+    stored, details = folders.stored_probe(path, loaded.model.config), loaded.receipt.get("details")
     return Model(
-        plain.model,
-        plain.tokenizer,
-        plain.task,
-        {"folder": path.name, "hash": hash_folder(path)},
-        notes=list(plain.notes),
+        loaded.model,
+        loaded.tokenizer,
+        loaded.task,
+        {"folder": path.name},
+        notes=list(loaded.state.notes),
+        probe=stored[0] if stored else None,
+        details=details if isinstance(details, dict) else {},
     )
-
-
-def _is_missing(path: Path) -> bool:
-    """Gone, and not only between the two renames of a writer that was killed."""
-    if path.exists():
-        return False
-    if path.parent.is_dir():
-        folders.recover(path)
-    return not path.exists()
 
 
 def as_model(model: str | Path | Model, *, task: Task | None = None, num_labels: int | None = None) -> Model:

@@ -49,7 +49,8 @@ class ConsoleProgress(Progress):
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Bars(*columns, console=self.console, transient=True) as bars:
+        quiet = not self.console.is_terminal  # its end would leave an empty line in a pipe
+        with Bars(*columns, console=self.console, transient=True, disable=quiet) as bars:
             self.bars = bars
             try:
                 yield bars

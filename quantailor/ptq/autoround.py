@@ -98,7 +98,10 @@ class AutoRound:
             i = int(torch.randint(len(runs), (1,), generator=generator))
             with torch.enable_grad():
                 loss = _loss(runs[i](), targets[i], masks[i])
-                gradients = torch.autograd.grad(loss, [p for r in rounding for p in (r.v, r.alpha)])
+                # Zeros where the batch reached no such layer, as an expert.
+                gradients = torch.autograd.grad(
+                    loss, [p for r in rounding for p in (r.v, r.alpha)], materialize_grads=True
+                )
             for r, (grad_v, grad_alpha) in zip(rounding, zip(gradients[::2], gradients[1::2])):
                 r.move(rate, grad_v, grad_alpha)
             if step % every == 0:

@@ -208,7 +208,11 @@ class _Calibration:
         current: dict[str, Tensor | None] = {"mask": None, "float": None}
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            statistics.add(rows_of(args[0], module, current["mask"]), current["float"])
+            x, paired = args[0], current["float"]
+            if paired is None or paired.shape != x.shape:
+                statistics.cross = None  # other rows went here in the float model: an expert's, say
+            same = None if paired is None or statistics.cross is None else rows_of(paired, module, current["mask"])
+            statistics.add(rows_of(x, module, current["mask"]), same)
 
         handles = [first.register_forward_pre_hook(hook)]
         if stop:
@@ -217,7 +221,7 @@ class _Calibration:
             for i, (run, mask) in enumerate(zip(runs, self.masks)):
                 current["mask"] = mask
                 if crossed and float_path is not None:
-                    current["float"] = rows_of(float_path.input_of(first_name, i), first, mask)
+                    current["float"] = float_path.input_of(first_name, i)
                 for quantizer in (*quantizers, *outputs):
                     quantizer.mask = mask
                 _run_until_stop(run)
@@ -290,8 +294,8 @@ class _FloatPath:
     def __init__(self, prefix: str, block: nn.Module | None, runs: list[_Run]) -> None:
         self.prefix, self.block, self.runs = prefix, block, runs
 
-    def input_of(self, name: str, batch: int) -> Tensor:
-        """What the layer called `name` gets on a batch."""
+    def input_of(self, name: str, batch: int) -> Tensor | None:
+        """What the layer called `name` gets on a batch; None if that is not a row for each of the block's rows."""
         assert self.block is not None
         kept: list[Tensor] = []
 
@@ -304,7 +308,11 @@ class _FloatPath:
             _run_until_stop(self.runs[batch])
         finally:
             handle.remove()
-        return kept[0]
+        if not kept:
+            return None
+        x, whole = kept[0], self.runs[batch].hidden
+        batched = x.dim() == whole.dim() and x.shape[0] == whole.shape[0]
+        return x if batched or x.shape[:-1].numel() == whole.shape[:-1].numel() else None
 
 
 class _Run:

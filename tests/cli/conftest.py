@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantailor import api
-from tests.export.making import quantized, saved, write_corpus
+from tests.export.making import quantized, saved, trained, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +51,9 @@ def earlier(tmp_path, w4) -> Path:
     """The result of an earlier run, in a folder of its own."""
     (tmp_path / "results").mkdir()
     return Path(shutil.copytree(w4, tmp_path / "results" / "earlier"))
+
+
+@pytest.fixture(scope="session")
+def trained_lm(tmp_path_factory, tiny_lm) -> Path:
+    """The tiny Llama, taught the words of the corpus: few bits cost it something."""
+    return trained(tiny_lm, tmp_path_factory.mktemp("trained") / "model")

@@ -86,7 +86,7 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
         (lambda w: w.update(extra=torch.zeros(2)), "has tensor extra, against its config.json"),
         (lambda w: w[PROJECTION][0].fill_(torch.nan), PROJECTION),
         (lambda w: w[PROJECTION][0].fill_(torch.inf), PROJECTION),
-        (lambda w: w.update({NORM: torch.ones(7)}), ""),
+        (lambda w: w.update({NORM: torch.ones(7)}), NORM),
     ],
     ids=["missing", "two missing", "unexpected", "nan", "inf", "misshapen"],
 )

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantailor.numerics import grids, nf4
 from quantailor.spec import NF4, Balanced, Binary, Int, Ternary
@@ -56,6 +58,23 @@ def test_levels_are_fixed_points(grid, scale):
     qmin, qmax, _ = grids.limits(grid)
     q = grids.encode(levels(grid, scale, zero_point), torch.tensor(scale), zero_point, grid)
     assert q.tolist() == list(range(qmin, qmax + 1))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(GRIDS), st.integers(0, 2**31), st.floats(2**-20, 2**20, width=32), st.integers(-30, 30))
+def test_encoding_is_idempotent_monotone_and_knows_no_units(grid, seed, size, power):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 33, generator=generator) * size
+    scale = (torch.rand(4, 1, generator=generator) + 0.1) * size / 2 ** max(grid.bits - 2, 0)
+    zero_point = zero_point_of(grid)
+    q = grids.encode(x, scale, zero_point, grid)
+    assert torch.equal(grids.encode(grids.decode(q, scale, zero_point, grid), scale, zero_point, grid), q)
+    for row, integers in zip(x, q):
+        assert (integers[row.argsort()].int().diff() >= 0).all()
+    unit = 2.0**power
+    assert torch.equal(grids.encode(x * unit, scale * unit, zero_point, grid), q)
+    order = torch.randperm(4, generator=generator)
+    assert torch.equal(grids.encode(x[order], scale[order], zero_point, grid), q[order])
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -2,6 +2,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantailor.numerics import grids
 from quantailor.observers import weights
@@ -119,6 +121,25 @@ def test_a_ragged_group_is_the_group_alone():
         first, last = weight_scale(w[:, :32], spec, h[:32]), weight_scale(w[:, 32:], spec, h[32:])
         for found, a, b in zip(both, first, last):
             torch.testing.assert_close(found, torch.cat([a, b], dim=1), rtol=1e-6, atol=0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from([*SEARCHED, Ternary(), Binary(), NF4()]),
+    st.sampled_from([8, 13, 40]),
+    st.integers(0, 2**31),
+    st.integers(-40, 40),
+)
+def test_scales_go_with_their_rows_and_their_units(grid, size, seed, power):
+    generator = torch.Generator().manual_seed(seed)
+    w, h = torch.randn(4, 40, generator=generator), torch.rand(40, generator=generator)
+    spec = QuantSpec(grid, PerGroup(size))
+    scale, zero_point = weight_scale(w, spec, h)
+    order = torch.randperm(4, generator=generator)
+    moved = weight_scale(w[order], spec, h)
+    assert torch.equal(moved[0], scale[order]) and torch.equal(moved[1], zero_point[order])
+    larger = weight_scale(w * 2.0**power, spec, h * 4)
+    assert torch.equal(larger[0], scale * 2.0**power) and torch.equal(larger[1], zero_point)
 
 
 def test_importance_moves_the_error_to_where_it_costs_least():

@@ -18,6 +18,7 @@ from quantailor.numerics import grids
 from quantailor.numerics.grouping import from_groups, to_groups
 from quantailor.observers.ranges import make_observer
 from quantailor.progress import Progress
+from quantailor.ptq import METHODS
 from quantailor.ptq.driver import calibrate
 from quantailor.ptq.gptq import GPTQ
 from quantailor.ptq.rtn import RTN
@@ -265,6 +266,35 @@ def test_a_layer_that_only_some_batches_reach():
     assert all(torch.equal(found[n], expected[n]) for n in expected)
     assert state.layers["experts.seldom"]["rows"] == 9
     assert state.notes.count("experts.never: no calibration data reached it; rounded to nearest without data") == 1
+
+
+class Routed(nn.Module):
+    """A block whose experts see only the tokens that the gate sends them."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.gate = nn.ModuleList(nn.Linear(16, 16) for _ in range(3)), nn.Linear(16, 3)
+
+    def forward(self, x):
+        chosen, y = self.gate(x).argmax(-1), x.clone()
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                y[chosen == number] += expert(x[chosen == number])
+        return y
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_copes_with_experts(method):
+    """A token may go to another expert in the float model: its rows have no partner there."""
+    layers = nn.ModuleDict({"layers": nn.ModuleList(Routed() for _ in range(2))})
+    layers.forward = lambda x: layers["layers"][1](layers["layers"][0](x))
+    batches = [{"x": torch.randn(n, 16)} for n in (1, 20, 2)]
+    prepare(layers, Recipe(W3))
+    state = calibrate(layers, batches, lambda _: METHODS[method])
+    assert set(state.layers) == set(integers(layers)) and len(state.layers) == 8
+    assert {state.layers[f"layers.{i}.gate"]["method"] for i in range(2)} == {method}
+    assert all(report["method"] in METHODS for report in state.layers.values())
+    assert torch.isfinite(layers(batches[1]["x"])).all()
 
 
 @dataclass
