@@ -29,8 +29,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python bench/fit_quality.py stories260k --out bench/results/fit_stories260k.json
-	$(BIN)/python bench/fit_quality.py tinystories-llama-4m --steps 160 --out bench/results/fit_tinystories-llama-4m.json
+	$(BIN)/python bench/fit_quality.py stories260k --steps 240 --out bench/results/fit_stories260k.json
+	$(BIN)/python bench/fit_quality.py tinystories-llama-4m --steps 120 --out bench/results/fit_tinystories-llama-4m.json
+	$(BIN)/python bench/sst2.py --out bench/results/sst2.json
+	$(BIN)/quantailor demo --json --quiet > bench/results/demo.json
+	$(BIN)/python scripts/render_tables.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

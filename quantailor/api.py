@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quantailor
 from quantailor.cost.size import bits_per_weight, num_weights, weight_file_bytes
-from quantailor.data.encode import encode
+from quantailor.data.encode import encode, start_token
 from quantailor.data.examples import Examples
 from quantailor.data.loading import Data, load_examples, overlap, split
 from quantailor.errors import QualityGateFailed, UntrustedInput, UsageError
@@ -495,9 +495,10 @@ def generate(model: str | Path | Model, prompt: str, *, max_new_tokens: int = 64
         raise UsageError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
     if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
         raise UsageError("the prompt is not UTF-8; give valid text")
-    ids = torch.tensor(next(encode([prompt], ready.tokenizer)), dtype=torch.int64)[None]
-    if ids.shape[1] == 0:
+    tokens = next(encode([prompt], ready.tokenizer))
+    if not tokens:
         raise UsageError("the prompt has no tokens; give some text")
+    ids = torch.tensor([*start_token(ready.tokenizer), *tokens])[None]  # as documents open in training and measuring
     positions = getattr(ready.model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and ids.shape[1] + max_new_tokens > positions:
         raise UsageError(

@@ -155,7 +155,9 @@ def test_load_tells_where_a_model_came_from(tiny_lm, lm):
 
 
 def test_a_bare_encoder_is_refused_with_the_way_out(encoder):
-    with pytest.raises(UsageError, match=r"bare encoder without a head; fine-tune it first: quantailor train .*--scheme float"):
+    with pytest.raises(
+        UsageError, match=r"bare encoder without a head; fine-tune it first: quantailor train .*--scheme float"
+    ):
         qt.load(encoder)
 
 
@@ -224,7 +226,10 @@ def test_quantize_draws_its_samples_by_the_seed(lm):
         ({"scheme": "w8a8", "context": 1}, "context=1 leaves no token"),
         ({"scheme": "w8a8", "rules": [rule("nothing.*", "keep")]}, r"a rule matches nothing: name 'nothing\.\*'"),
         ({"scheme": "w4a16-g32", "ragged": False}, "group_size=32 does not divide in_features=172"),
-        ({"scheme": "w8a8", "rules": [rule("*.down_proj", "w4a16-g32")], "ragged": False}, "group_size=32 does not divide"),
+        (
+            {"scheme": "w8a8", "rules": [rule("*.down_proj", "w4a16-g32")], "ragged": False},
+            "group_size=32 does not divide",
+        ),
     ],
 )
 def test_mistakes_in_quantize_are_usage_errors(lm, options, told):
@@ -271,7 +276,7 @@ def test_a_reference_or_teacher_of_another_kind_is_refused(lm, classifier):
     small.resize_token_embeddings(290)
     other = dataclasses.replace(lm, model=small)
     for wrong in (classifier, other):
-        with pytest.raises(UsageError, match="the reference for .* outputs; use a reference of its own kind"):
+        with pytest.raises(UsageError, match=r"the reference for .* outputs; use a reference of its own kind"):
             qt.eval(lm, texts(4, 1), reference=wrong, context=32)
         with pytest.raises(UsageError, match="the teacher for"):
             qt.train(lm, texts(8, 1), scheme="w8a8", teacher=wrong, settings=FAST, context=32)
@@ -296,6 +301,15 @@ def test_eval_against_a_reference_gives_kl_and_agreement(lm, folder_of):
 def test_generate_continues_the_prompt(lm, folder_of):
     assert qt.generate(lm, "the cat", max_new_tokens=3).startswith("the cat")
     assert qt.generate(folder_of("w8a8"), "the cat", max_new_tokens=3).startswith("the cat")
+
+
+def test_generate_opens_a_text_as_training_does(lm):
+    """With the start token: the first new token is the likeliest one after it and the prompt."""
+    ids = torch.tensor([[lm.tokenizer.bos_token_id, *lm.tokenizer("the cat", add_special_tokens=False)["input_ids"]]])
+    with torch.inference_mode():
+        likeliest = lm.model(input_ids=ids).logits[0, -1].argmax()
+    expected = lm.tokenizer.decode([*ids[0], likeliest], skip_special_tokens=True)
+    assert qt.generate(lm, "the cat", max_new_tokens=1) == expected
 
 
 def test_mistakes_in_generate(lm, classifier):
@@ -352,7 +366,9 @@ def test_records_longer_than_a_bare_encoder_are_cut(encoder):
 
 def test_train_from_float_starts_with_ptq_and_leaves_the_model(lm, tmp_path):
     before = state(lm)
-    trained = qt.train(lm, texts(30, 1), scheme="w2a16-g32", eval_data=texts(10, 2), settings=FAST, samples=8, context=64)
+    trained = qt.train(
+        lm, texts(30, 1), scheme="w2a16-g32", eval_data=texts(10, 2), settings=FAST, samples=8, context=64
+    )
 
     assert same(before, state(lm)) and all(p.requires_grad for p in lm.model.parameters())
     assert trained.training.best <= trained.training.start
@@ -399,7 +415,7 @@ def test_fit_writes_a_whole_folder_with_its_report(lm, tmp_path):
     assert report["check"]["equal"] and qt.check(out).equal
     assert report["size_bytes"] == (out / "quantailor.safetensors").stat().st_size
     assert report["bits_per_weight"] == pytest.approx(8 * report["size_bytes"] / report["num_weights"])
-    assert [step["name"] for step in report["steps"]][0] == "float"
+    assert report["steps"][0]["name"] == "float"
     assert {e["name"] for e in report["inventory"]} == {e.name for e in qt.load(out).state.inventory}
     assert report["command"] == "quantailor.fit(...) from Python" and report["environment"]["torch"]
     assert (out / "report.md").read_text().startswith("# quantailor fit")
@@ -443,7 +459,14 @@ def test_fit_refuses_before_it_measures(lm, folder_of, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"tolerance": -0.1}, {"tolerance": 1.0}, {"tolerance": math.nan}, {"minutes": 0}, {"minutes": math.inf}, {"minutes": math.nan}],
+    [
+        {"tolerance": -0.1},
+        {"tolerance": 1.0},
+        {"tolerance": math.nan},
+        {"minutes": 0},
+        {"minutes": math.inf},
+        {"minutes": math.nan},
+    ],
 )
 def test_a_goal_out_of_range_is_refused(options):
     with pytest.raises(UsageError, match=next(iter(options))):
@@ -460,4 +483,3 @@ def test_examples_can_be_given_instead_of_paths(lm, tmp_path):
     train = load_examples(texts(30, 1), lm.tokenizer, "lm", context=64)
     assert qt.fit(lm, train, "w8a8", tmp_path / "out", eval_data=held, goal=GOAL).meets
     assert qt.eval(tmp_path / "out", held).fingerprint == held.fingerprint
-

@@ -81,11 +81,13 @@ def run() -> None:
     except QuantailorError as error:
         _report(str(error), error.exit_code)
     except SystemExit as stop:
-        wrong = stop.__context__  # typer turns Ctrl-C into status 130, and has told on stderr what was wrong in usage
+        explain = getattr(
+            stop.__context__, "format_message", None
+        )  # typer turns Ctrl-C into status 130, and has told on stderr what was wrong in usage
         if stop.code == 130:
             _report("interrupted; nothing half-written was left behind", 130)
-        if stop.code == 2 and "--json" in sys.argv and hasattr(wrong, "format_message"):
-            print(json.dumps({"error": " ".join(wrong.format_message().split()), "exit_code": 2}))
+        if stop.code == 2 and "--json" in sys.argv and explain is not None:
+            print(json.dumps({"error": " ".join(explain().split()), "exit_code": 2}))
         raise
     except KeyboardInterrupt:
         _report("interrupted; nothing half-written was left behind", 130)
@@ -94,7 +96,10 @@ def run() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read stdout has gone
         sys.exit(1)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not out_of_memory and "can't allocate memory" not in str(error):  # how torch says it on a CPU
+            raise
         _report("out of memory; use a smaller --batch-size, --samples or --context", 1)
 
 

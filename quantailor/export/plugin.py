@@ -115,7 +115,7 @@ def _install(model: nn.Module, config: QuantailorConfig, device: str) -> None:
         bias = torch.zeros(rows, device=device) if layer["bias"] else None
         new: nn.Module
         if layer["kind"] == "Embedding":
-            new = QuantEmbedding(scheme, weight, None, old.weight.dtype)  # type: ignore[union-attr,arg-type]
+            new = QuantEmbedding(scheme, weight, None, old.weight.dtype)  # type: ignore[arg-type]
         elif layer["kind"] == "Conv2d":
             settings = {k: tuple(v) if isinstance(v, list) else v for k, v in layer["conv"].items()}
             new = QuantConv2d(scheme, weight, bias, settings)

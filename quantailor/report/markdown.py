@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -17,8 +18,8 @@ def fit_page(data: dict[str, Any]) -> str:
     lines.append("|---|---:|---:|---|---:|---|")
     for step in data["steps"]:
         change = "" if not step.get("change_interval") else "{:+.4f} to {:+.4f}".format(*step["change_interval"])
-        against = "" if step["name"] == "float" else f"{step['loss']:+.2%}"
-        cells = (step["name"], f"{step['value']:.4f}", against, change, f"{step['seconds']:.1f}", step["reason"])
+        against = "" if step["name"] == "float" else _number(step["loss"], "+.2%")
+        cells = (step["name"], _number(step["value"], ".4f"), against, change, f"{step['seconds']:.1f}", step["reason"])
         lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
     lines += ["", "## Size", "", "| | bytes of weights | bits a weight, whole file |", "|---|---:|---:|"]
     lines.append(f"| float | {data['float_size_bytes']:,} | {data['float_bits_per_weight']:.2f} |")
@@ -55,7 +56,8 @@ def fit_page(data: dict[str, Any]) -> str:
             "" if error is None else f"{error:.4f}",
         )
         lines.append("| " + " | ".join(_cell(c) for c in row) + " |")
-    lines += ["", "## Again", "", "```", data["command"], "```", "", "| | |", "|---|---|"]
+    command = " ".join(data["command"].replace("`", "'").split())
+    lines += ["", "## Again", "", "```", command, "```", "", "| | |", "|---|---|"]
     lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in data["environment"].items()]
     return "\n".join(lines) + "\n"
 
@@ -69,10 +71,15 @@ def _verdict(data: dict[str, Any]) -> str:
         "infeasible": "nothing that was tried meets the tolerance; the best of it was saved",
     }[data["verdict"]]
     return (
-        f"**{data['verdict']}**: {text}. {data['metric']} {base['value']:.4f} in float, "
-        f"{final['value']:.4f} at {_cell(data['scheme'])} "
-        f"({final['loss']:+.2%}, tolerance {data['tolerance']:.2%})."
+        f"**{data['verdict']}**: {text}. {data['metric']} {_number(base['value'], '.4f')} in float, "
+        f"{_number(final['value'], '.4f')} at {_cell(data['scheme'])} "
+        f"({_number(final['loss'], '+.2%')}, tolerance {data['tolerance']:.2%})."
     )
+
+
+def _number(value: float | None, form: str) -> str:
+    """JSON has null where a figure was not finite."""
+    return "not finite" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _notes(data: dict[str, Any]) -> list[str]:
@@ -80,5 +87,7 @@ def _notes(data: dict[str, Any]) -> list[str]:
 
 
 def _cell(value: object) -> str:
-    text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+    text = str(value).replace("\\", "\\\\").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "|[]!":  # a table's border, a link, a picture that would be fetched
+        text = text.replace(mark, f"\\{mark}")
     return " ".join(text.replace("`", "'").split())

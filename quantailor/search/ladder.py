@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from quantailor.data.examples import Examples
-from quantailor.errors import UsageError
+from quantailor.errors import QuantailorError, UsageError
 from quantailor.evaluate.result import Result, difference
 from quantailor.evaluate.run import evaluate, reference_for
 from quantailor.models.prepare import prepare, state_of
@@ -175,7 +175,11 @@ class Ladder:
                     f"{name} runs {affordable} steps instead of {steps}: what {self.goal.minutes:g} minutes leave"
                 )
             # Another seed a rung: one that goes on from a trained model must not see the same batches first again.
-            model, step = self._qat(name, best_model, best, affordable, self.goal.settings.seed + len(self.steps))
+            try:
+                model, step = self._qat(name, best_model, best, affordable, self.goal.settings.seed + len(self.steps))
+            except QuantailorError as error:  # it diverged: what was found before is as good as it was
+                self.notes.append(f"{name} failed: {error}; {best.name} stands")
+                continue
             if self._better(step, best):
                 best_model, best = model, step
             if self._meets(best):

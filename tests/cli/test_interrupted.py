@@ -9,7 +9,20 @@ from quantailor import api
 from tests.cli.shell import Process, untouched
 from tests.export.making import bytes_of
 
-LONG = ("--scheme", "w1.58a8", "--tolerance", "0", "--steps", 1_000_000, "--minutes", 100_000, "--context", 32, "--samples", 8)
+LONG = (
+    "--scheme",
+    "w1.58a8",
+    "--tolerance",
+    "0",
+    "--steps",
+    1_000_000,
+    "--minutes",
+    100_000,
+    "--context",
+    32,
+    "--samples",
+    8,
+)
 
 
 def long_fit(tmp_path, trained_lm, corpus, out, *more) -> Process:
@@ -21,7 +34,9 @@ def long_fit(tmp_path, trained_lm, corpus, out, *more) -> Process:
     ("number", "status", "told"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 @pytest.mark.parametrize("moment", ["float ", "gptq ", "training"])
-def test_a_signal_in_the_middle_of_fit_leaves_nothing_half_written(tmp_path, trained_lm, corpus, earlier, number, status, told, moment):
+def test_a_signal_in_the_middle_of_fit_leaves_nothing_half_written(
+    tmp_path, trained_lm, corpus, earlier, number, status, told, moment
+):
     with untouched(earlier):
         process = long_fit(tmp_path, trained_lm, corpus, earlier, "--overwrite", "--json")
         process.wait_for("gptq " if moment == "training" else moment)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import quantailor
@@ -109,6 +110,8 @@ def test_the_installed_script_answers(tmp_path):
         (KeyboardInterrupt(), 130),
         (main._Terminated(), 143),
         (MemoryError(), 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 1),
     ],
 )
 @pytest.mark.parametrize("as_json", [True, False])
@@ -126,19 +129,22 @@ def test_statuses_are_those_of_the_table(monkeypatch, tmp_path, error, status, a
         assert ran.out == ""
 
 
-def test_a_bug_shows_its_traceback(monkeypatch, tmp_path):
+@pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), RuntimeError("a bug"), OSError("a bug")])
+def test_a_bug_shows_its_traceback(monkeypatch, tmp_path, bug):
     def fail(*_, **__):
-        raise ZeroDivisionError("a bug")
+        raise bug
 
     monkeypatch.setattr("quantailor.api.check", fail)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(bug), match="a bug"):
         shell("check", tmp_path)
 
 
 def test_a_reader_that_goes_away_is_no_bug():
     read, write = os.pipe()
     os.close(read)
-    ran = subprocess.run([sys.executable, "-c", PROBE, "schemes"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", PROBE, "schemes"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60
+    )
     os.close(write)
 
     assert "Traceback" not in ran.stderr.split('{"status"')[0]

@@ -36,13 +36,17 @@ def test_shares(text, value):
 
 @pytest.mark.parametrize("text", ["", "%", "two", "2 percent", "2%%"])
 def test_no_shares(text):
-    with pytest.raises(UsageError, match="is no share; write 2% or 0.02"):
+    with pytest.raises(UsageError, match=r"is no share; write 2% or 0\.02"):
         share(text)
 
 
 def test_a_document_holds_only_what_json_knows(capsys):
     show({"a": math.inf, "b": [1.5, math.nan], "c": (-math.inf, "ü")}, "text", True)
-    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": None, "b": [1.5, None], "c": [None, "ü"]}
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.5, None],
+        "c": [None, "ü"],
+    }
 
     show({"a": 1}, "text", False)
     assert capsys.readouterr().out == "text\n"

@@ -101,7 +101,18 @@ def test_check_where_nothing_is_finite_still_prints_json(w8a8, tmp_path):
 
 
 def test_quantize(tiny_lm, corpus, tmp_path):
-    args = ("quantize", tiny_lm, "--scheme", "w4a16-g32", "--data", corpus / "train.txt", "--samples", 8, "--context", 64)
+    args = (
+        "quantize",
+        tiny_lm,
+        "--scheme",
+        "w4a16-g32",
+        "--data",
+        corpus / "train.txt",
+        "--samples",
+        8,
+        "--context",
+        64,
+    )
     ran = shell(*args, "--out", tmp_path / "out", "--json", "--rule", "*.o_proj=keep")
     document = ran.document
 
@@ -141,7 +152,10 @@ def test_train_of_a_bare_encoder(encoder, corpus, tmp_path):
     ran = shell(*args, "--out", tmp_path / "out")
 
     assert ran.status == 0 and ran.document["scheme"] == "float"
-    assert "a bare encoder: new head classifier.bias, classifier.weight starts from random weights" in ran.document["notes"]
+    assert (
+        "a bare encoder: new head classifier.bias, classifier.weight starts from random weights"
+        in ran.document["notes"]
+    )
     assert shell("eval", tmp_path / "out", "--data", corpus / "valid.jsonl", "--json").document["metric"] == "accuracy"
 
 

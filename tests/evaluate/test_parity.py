@@ -89,7 +89,7 @@ def test_one_wrong_value_is_found_and_its_layer_named(simulated_by, scheme, dama
     parity = compare(left, right, model.probe)
 
     assert not parity.equal and parity.differing == {layer: what}
-    assert [name for name, value in parity.per_layer.items() if value > 0][0] == layer, "the first that differs"
+    assert next(name for name, value in parity.per_layer.items() if value > 0) == layer, "the first that differs"
     told = parity.to_json()
     assert told["equal"] is False and told["differing"] == [{"layer": layer, "what": what}]
 

@@ -15,8 +15,8 @@ from quantailor.recipe import Keep, Rule
 from quantailor.spec import Scheme
 from quantailor.store.manifest import write_manifest
 
-WORDS = "the cat sat on a mat and saw the dog who was very happy to see him".split()
-GOOD, BAD = "good fine nice warm".split(), "bad poor cold grim".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "the", "dog", "who", "was", "very", "happy", "to", "see"]
+GOOD, BAD = ["good", "fine", "nice", "warm"], ["bad", "poor", "cold", "grim"]
 
 
 def texts(count: int, seed: int, num_words: int = 60) -> list[str]:

@@ -1,0 +1,113 @@
+"""Puts the measured tables into the README and docs, from bench/results:   python scripts/render_tables.py
+
+Text between `<!-- NAME -->` and `<!-- /NAME -->` is replaced. Every figure there comes from a result file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from quantailor.demo import table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+MODELS = ("stories260k", "tinystories-llama-4m")
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def ratio(values: dict[str, float], name: str) -> str:
+    return f"{values[name] / values['float']:.3f}" if name in values else "–"
+
+
+def mean(runs: list[dict], name: str) -> str:
+    ratios = [run["values"][name] / run["values"]["float"] for run in runs if name in run["values"]]
+    return f"{sum(ratios) / len(ratios):.3f}" if ratios else "–"
+
+
+def share(row: dict, key: str) -> str:
+    entry = row.get(key)
+    if not entry:
+        return "–"
+    low_high = entry["interval"]
+    return f"{entry['mean']:.0%}" + (f" ({low_high[0]:.0%} to {low_high[1]:.0%})" if low_high else "")
+
+
+def fit_table() -> str:
+    lines = [
+        "| model | scheme | RTN | GPTQ | Qronos | short QAT | longer QAT | float, trained as long | verdict "
+        "| QAT took back |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for model in MODELS:
+        for row in read(f"fit_{model}")["fits"]:
+            names = ("rtn", "gptq", "qronos", "hybrid", "qat", "float+")
+            cells = [mean(row["runs"], name) for name in names]
+            verdicts = ", ".join(dict.fromkeys(row["verdicts"]))
+            trained = any("hybrid" in run["values"] for run in row["runs"])
+            taken = share(row, "recovery") if trained else "–"
+            lines.append(f"| {model} | {row['scheme']} | {' | '.join(cells)} | {verdicts} | {taken} |")
+    return "\n".join(lines)
+
+
+def guard_table() -> str:
+    lines = ["| model | scheme | learning rate | PTQ | after training | held |", "|---|---|---|---:|---:|---|"]
+    for model in MODELS:
+        for row in read(f"fit_{model}")["guard"]:
+            held = "yes" if row["held"] else "NO"
+            cells = (model, row["scheme"], row["learning_rate"], f"{row['ptq']:.4f}", f"{row['trained']:.4f}", held)
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def control_table() -> str:
+    lines = [
+        "| model | scheme | recovery against float | against float trained as long | final / float |",
+        "|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        for row in read(f"fit_{model}")["fits"]:
+            if any("hybrid" in run["values"] for run in row["runs"]):
+                final = row["final_over_float"]
+                spread = f" ({final['interval'][0]:.3f} to {final['interval'][1]:.3f})" if final["interval"] else ""
+                cells = (share(row, "recovery"), share(row, "recovery_control"), f"{final['mean']:.3f}{spread}")
+                lines.append(f"| {model} | {row['scheme']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sst2_line() -> str:
+    data = read("sst2")
+    low, high = data["change_interval"]
+    return (
+        f"Accuracy {data['float_accuracy']:.4f} in float, {data['accuracy']:.4f} at w8a8 "
+        f"(change 95 %: {low:+.4f} to {high:+.4f}), "
+        f"the same prediction on {data['agreement']:.2%} of the rows; verdict `{data['verdict']}`, parity "
+        f"{'equal' if data['check']['equal'] else 'NOT equal'} over {data['check']['integers_compared']:,} integers."
+    )
+
+
+def main() -> None:
+    parts = {
+        "demo": lambda: "```\n" + table(read("demo")) + "\n```",
+        "fit": fit_table,
+        "guard": guard_table,
+        "control": control_table,
+        "sst2": sst2_line,
+    }
+    for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md"):
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        for name, make in parts.items():
+            marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", flags=re.DOTALL)
+            if marked.search(text):
+                made = make()
+                text = marked.sub(lambda found, made=made: found[1] + made + found[2], text)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
