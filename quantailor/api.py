@@ -263,7 +263,7 @@ def train(
     """
     settings = settings or Settings()
     parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
-    source, train_data = _for_training(model, data, context, settings.seed)
+    source, train_data, new_head = _for_training(model, data, context, settings.seed)
     if source.state is None and parsed is None:
         raise UsageError("the model is float: name a scheme to train for, or `float` for a plain fine-tune")
     if source.state is not None and parsed is not None:
@@ -281,6 +281,9 @@ def train(
         if shared := overlap(train_data, held_out):
             notes.append(f"{shared} rows are in both the training and the evaluation data")
     is_float = parsed is not None and parsed.is_float and not rules
+    if new_head and teacher == "self" and not is_float:
+        teacher = None
+        notes.append("the head is new, so the float model teaches nothing: trained on the task's own loss")
     reference = None if is_float else _teacher(source, teacher)
     if reference is None:  # no distance to keep: the task's own loss is all there is
         settings = dataclasses.replace(settings, kl_weight=0.0, task_weight=settings.task_weight or 1.0)
@@ -321,18 +324,20 @@ def train(
     )
 
 
-def _for_training(model: str | Path | Model, data: Data | Examples, context: int, seed: int) -> tuple[Model, Examples]:
-    """The model and its data; a bare encoder gets a head with as many classes as the data has, drawn by `seed`."""
+def _for_training(
+    model: str | Path | Model, data: Data | Examples, context: int, seed: int
+) -> tuple[Model, Examples, bool]:
+    """The model, its data, and whether it was a bare encoder: that gets a head for these classes, drawn by `seed`."""
     if isinstance(model, Model):
-        return model, examples_for(model, data, context=context)
+        return model, examples_for(model, data, context=context), False
     folder = Path(model)
     if isinstance(data, Examples) or not folder.exists() or (folder / folders.RECEIPT).exists():
         loaded = load(folder)
-        return loaded, examples_for(loaded, data, context=context)
+        return loaded, examples_for(loaded, data, context=context), False
     config = scan_model_folder(folder).config
     if task_of(config) is not None:
         loaded = load(folder)
-        return loaded, examples_for(loaded, data, context=context)
+        return loaded, examples_for(loaded, data, context=context), False
     longest = min(context, config.get("max_position_embeddings") or context)
     examples = load_examples(data, load_tokenizer(folder), context=longest)
     if examples.task != "classification":
@@ -348,7 +353,7 @@ def _for_training(model: str | Path | Model, data: Data | Examples, context: int
         loaded = load(folder, task="classification", num_labels=examples.num_labels)
     loaded.model.config.id2label = dict(enumerate(examples.label_names))
     loaded.model.config.label2id = {name: i for i, name in enumerate(examples.label_names)}
-    return loaded, examples
+    return loaded, examples, True
 
 
 def _teacher(source: Model, teacher: str | Path | Model | None) -> Model | None:

@@ -54,6 +54,12 @@ def rules(texts: list[str] | None) -> list[Rule]:
     return result
 
 
+def check_format(name: str | None) -> None:
+    """Refuse an unknown format before the work, not after. Raises: UsageError."""
+    if name not in (None, "compressed-tensors", "quantailor"):
+        raise UsageError(f"format {name!r} is none of compressed-tensors, quantailor")
+
+
 def share(text: str) -> float:
     """`2%` or `0.02` as 0.02. Raises: UsageError."""
     try:

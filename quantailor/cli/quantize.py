@@ -37,6 +37,7 @@ def quantize(
     from quantailor.store.publish import check_out
 
     check_out(out, overwrite=overwrite, inputs=[model])
+    o.check_format(format)
     bars = progress(quiet)
     quantized = api.quantize(
         model,

@@ -56,6 +56,7 @@ def train(
 
     inputs = [p for p in (model, data, eval_data) if p is not None]
     check_out(out, overwrite=overwrite, inputs=inputs)
+    o.check_format(format)
     settings = api.Settings(
         steps=steps,
         learning_rate=learning_rate,

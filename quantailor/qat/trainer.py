@@ -37,6 +37,8 @@ class QATTrainer(Trainer):
     ) -> None:
         self.task, self.teacher, self.settings, self.rates = task, teacher, settings, rates
         super().__init__(model=model, args=arguments, **others)
+        # The loss is a mean over a micro-batch: Trainer is to divide it by how many of them a step has.
+        self.model_accepts_loss_kwargs = False
         if self.teacher is not None:
             self.teacher.to(self.args.device).eval()  # not frozen: it is the caller's, and runs under no_grad
 
@@ -73,8 +75,6 @@ class QATTrainer(Trainer):
             with torch.no_grad():
                 teacher, _targets = scored(self.teacher(**rest).logits, labels, self.task)
             loss = loss + self.settings.kl_weight * kl_to_teacher(student, teacher, self.settings.temperature)
-        # Trainer asks each micro-batch for its share of the step.
-        loss = loss / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
 

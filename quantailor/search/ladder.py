@@ -305,6 +305,9 @@ class Ladder:
         num_steps = sum(s.training.steps for s in self.steps if s.training is not None)
         if not self.goal.control or num_steps == 0:
             return
+        if self.seconds_left <= 0:
+            self.notes.append(f"the float control was left out: {self.goal.minutes:g} minutes are over")
+            return
         began = self.clock()
         twin = copy.deepcopy(self.model)
         # A float model has no distance to itself: it trains on the task alone, at its own rate.

@@ -36,6 +36,19 @@ def falling():
     return lambda model: (float(next(scores)),)
 
 
+def test_accumulated_batches_are_one_batch(lm, train_data):
+    """Two halves a step move the weights as the whole does."""
+    ends = []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        model = copy.deepcopy(lm.model)
+        settings = Settings(steps=3, batch_size=batch_size, accumulate=accumulate, learning_rate=1e-3, **TASK_ONLY)
+        train(model, train_data, falling(), settings)
+        ends.append(parameters(model))
+    start = parameters(lm.model)
+    for name, whole in ends[0].items():
+        torch.testing.assert_close(whole - start[name], ends[1][name] - start[name], rtol=2e-2, atol=2e-5)
+
+
 @pytest.fixture
 def run(lm, simulated_at, train_data, held_out):
     """run(scheme, ...) -> (trained model, report, start): QAT of a copy, steered by nats per token."""
