@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from quantailor.progress import Advance, Progress
+from quantailor.progress import Advance, Progress, raise_if_stopped
 
 
 class ConsoleProgress(Progress):
@@ -23,14 +23,24 @@ class ConsoleProgress(Progress):
     def task(self, title: str, total: int) -> Iterator[Advance]:
         with self._shown() as bars:
             task = bars.add_task(title, total=total)
-            yield lambda steps: bars.advance(task, steps)
+
+            def advance(steps: int) -> None:
+                raise_if_stopped()
+                bars.advance(task, steps)
+
+            yield advance
             bars.remove_task(task)
 
     @contextmanager
     def counted(self, title: str) -> Iterator[Callable[[int, int], None]]:
         with self._shown() as bars:
             task = bars.add_task(title, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+            def update(done: int, total: int) -> None:
+                raise_if_stopped()
+                bars.update(task, completed=done, total=total)
+
+            yield update
             bars.remove_task(task)
 
     def say(self, line: str) -> None:

@@ -27,6 +27,7 @@ from quantailor.cli.quantize import quantize
 from quantailor.cli.schemes import schemes
 from quantailor.cli.train import train
 from quantailor.errors import QuantailorError
+from quantailor.progress import go_on, stop_with
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,22 +69,33 @@ class _Terminated(BaseException):
     """SIGTERM, raised where the program stands, so that half-written folders are cleared away."""
 
 
-def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    """Raise here, and at the work's next step as well: a library's bare `except` may swallow the first."""
+    error = KeyboardInterrupt() if number == signal.SIGINT else _Terminated()
+    stop_with(error)
+    raise error
 
 
 def run() -> None:
     """What the `quantailor` script calls."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    go_on()
+    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     options.shown = False
+    try:
+        _run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run() -> None:
     try:
         app(standalone_mode=True)
     except QuantailorError as error:
         _report(str(error), error.exit_code)
     except SystemExit as stop:
-        explain = getattr(
-            stop.__context__, "format_message", None
-        )  # typer turns Ctrl-C into status 130, and has told on stderr what was wrong in usage
+        # Typer turns Ctrl-C into status 130, and has told on stderr what was wrong in usage.
+        explain = getattr(stop.__context__, "format_message", None)
         if stop.code == 130:
             _report("interrupted; nothing half-written was left behind", 130)
         if stop.code == 2 and "--json" in sys.argv and explain is not None:
