@@ -42,7 +42,7 @@ def run(out: Path | None = None, progress: Progress | None = None) -> dict[str, 
                 minutes=2.0,
                 calibration=48,
                 short_steps=60,
-                long_steps=60,
+                long_steps=180,
                 settings=api.Settings(batch_size=8, evaluations=3),
             )
             result = api.fit(
