@@ -86,7 +86,9 @@ def test_our_own_layout_loads_after_the_import_bit_for_bit(strangers, name):
 
 def test_registering_twice_does_nothing():
     plugin.register()
+    known = dict(plugin.CONFIG_MAPPING._extra_content)
     plugin.register()
+    assert dict(plugin.CONFIG_MAPPING._extra_content) == known and "quantailor" in known
 
 
 def test_the_weights_file_name_cannot_lead_out_of_the_folder():

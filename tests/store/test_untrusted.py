@@ -96,7 +96,7 @@ def test_real_files_of_tools_beside_them_are_fine(folder):
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_bytes(b"x")
     (folder / "training_args.bin").write_bytes(b"x")
-    scan_model_folder(folder)
+    assert scan_model_folder(folder).folder == folder
 
 
 # What is missing
@@ -348,4 +348,4 @@ def test_a_file_damaged_after_the_scan_is_named(folder):
 def test_scanning_needs_no_torch():
     code = "import sys, quantailor; before = 'torch' in sys.modules; import quantailor.store.untrusted, "
     code += "quantailor.store.manifest; assert before or 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
