@@ -122,8 +122,6 @@ print(*(name for name in ("torch", "transformers", "numpy") if name in sys.modul
 
 @pytest.mark.parametrize("module", ["quantailor", "quantailor.spec", "quantailor.recipe", "quantailor.cli.main"])
 def test_importing_these_does_no_work_and_needs_no_torch(module):
-    if module not in MODULES and module != "quantailor":
-        pytest.skip(f"{module} does not exist")
     result = subprocess.run([sys.executable, "-c", STATE.format(module=module)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []

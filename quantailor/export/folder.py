@@ -68,7 +68,7 @@ def choose_format(inventory: Inventory, wanted: str | None) -> tuple[layout.Form
         )
     if wanted == "quantailor" or reason:
         return "quantailor", reason or "asked for"
-    return "compressed-tensors", "stock transformers and vLLM read it"
+    return "compressed-tensors", "stock transformers reads it"
 
 
 def write_folder(

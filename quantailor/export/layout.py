@@ -1,6 +1,6 @@
 """How packed tensors are named and laid out on disk: compressed-tensors where a scheme can be said in it, else our own.
 
-compressed-tensors (what stock transformers and vLLM read):
+compressed-tensors (stock transformers reads it, which tests hold; vLLM's layout, by its documentation):
     pack-quantized   LAYER.weight_packed int32 [O, words], LAYER.weight_scale [O, G], LAYER.weight_shape int64 [2]
     int-quantized    LAYER.weight int8 [O, N], LAYER.weight_scale [O, 1]            (8-bit activations, per token)
 our own: the buffers of `PackedWeight` under LAYER.packed, and LAYER.input_scale where activations are static.

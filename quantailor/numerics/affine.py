@@ -4,7 +4,7 @@
     x_hat = (q - zero_point) * scale                                    reals
 
 Rounding is half-to-even. The product with the reciprocal, not a division, is what torch's own fake-quantize and the
-common integer kernels compute; the two differ by one step in about 1 of 10^5 values, so all of this package uses one.
+common integer kernels compute; the two differ by one step in about 1 of 10^6 values, so all of this package uses one.
 The only exception is `quantize_dynamic`, which divides, as compressed-tensors does at each call.
 Pure functions: no module, no state, no I/O.
 Source: Nagel et al. 2021, arXiv:2106.08295, Eq. 4-7 (there on an unsigned grid).
