@@ -12,7 +12,7 @@ import dataclasses
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quantailor
+from quantailor import ptq
 from quantailor.cost.size import bits_per_weight, num_weights, weight_file_bytes
 from quantailor.data.encode import encode, start_token
 from quantailor.data.examples import Examples
@@ -38,8 +39,8 @@ from quantailor.models.prepare import FAKE_QUANT, State, pack_model, prepare, st
 from quantailor.models.structure import modules_of
 from quantailor.numerics.measures import relative_max_difference
 from quantailor.progress import Progress
-from quantailor.ptq import METHODS
-from quantailor.ptq.driver import calibrate
+from quantailor.ptq.chain import Chain
+from quantailor.ptq.driver import calibrate, methods_of
 from quantailor.qat.settings import Settings
 from quantailor.qat.train import TrainReport
 from quantailor.qat.train import train as run_training
@@ -144,8 +145,8 @@ def recipe_for(
 ) -> Recipe:
     """A recipe from what the commands take. Raises: UsageError for an unknown scheme or method."""
     parsed = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
-    if method not in METHODS:
-        raise UsageError(f"method {method!r} is none of {', '.join(METHODS)}")
+    for name in (method, *(rule.method for rule in rules if rule.method)):
+        ptq.method(name)
     if not ragged:
         parsed = parsed.with_ragged(False)
         rules = [
@@ -184,18 +185,19 @@ def quantize(
     copied = dataclasses.replace(source, model=copy.deepcopy(source.model), notes=list(source.notes))
     state = prepare(copied.model, recipe)
     state.method = method
+    chain = methods_of(state, method)
     if data is None:
         static = recipe.scheme.input is not None and not recipe.scheme.input.dynamic
-        if METHODS[method].needs_hessian or static:
+        if any(chain(e.name).needs_hessian for e in state.inventory if e.scheme) or static:
             raise UsageError(
                 f"{method} at {recipe.scheme} needs calibration data; give --data, "
                 "or use --method rtn with a scheme without static ranges"
             )
-        _quantize_without_data(copied, method)
+        _quantize_without_data(copied, chain)
         return copied
     examples = examples_for(copied, data, context=context)
     batches = list(examples.batches(16, shuffle=True, seed=seed, limit=samples))
-    calibrate(copied.model, batches, lambda _name: METHODS[method], progress)
+    calibrate(copied.model, batches, chain, progress)
     state.notes += [f"calibration data: {note}" for note in examples.notes]
     copied.probe = probe_of(examples)
     return copied
@@ -218,8 +220,9 @@ def quantize_module(
     """
     recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
     copied = copy.deepcopy(module)
-    prepare(copied, recipe).method = method
-    calibrate(copied, batches, lambda _name: METHODS[method], progress)
+    state = prepare(copied, recipe)
+    state.method = method
+    calibrate(copied, batches, methods_of(state, method), progress)
     return copied
 
 
@@ -228,13 +231,13 @@ def pack_module(module: nn.Module) -> nn.Module:
     return pack_model(copy.deepcopy(module))
 
 
-def _quantize_without_data(model: Model, method: str) -> None:
+def _quantize_without_data(model: Model, methods: Callable[[str], Chain]) -> None:
     state = model.state
     assert state is not None
     for name, module in modules_of(model.model, FAKE_QUANT):
         assert isinstance(module, FAKE_QUANT) and module.weight_quantizer is not None
         quantizer = module.weight_quantizer
-        solution = METHODS[method].solve(module.weight_ON.detach().float(), None, quantizer.spec)
+        solution = methods(name).solve(module.weight_ON.detach().float(), None, quantizer.spec)
         quantizer.set_scale(solution.scale, solution.zero_point)
         state.layers[name] = solution.report
     state.notes.append("quantized without data: every input channel counted alike")

@@ -34,6 +34,7 @@ class Rule:
     """What to do with the modules that match every condition given (`None` = no condition).
 
     `pattern` is a shell-style pattern on the whole name (`model.layers.0.*`, `*.down_proj`); sizes count weights.
+    `method` is the PTQ method for what it hits, where that is not the recipe's.
     """
 
     action: Scheme | Keep
@@ -41,6 +42,7 @@ class Rule:
     module_type: str | None = None
     more_than: int | None = None
     fewer_than: int | None = None
+    method: str | None = None
 
     @property
     def keeps(self) -> bool:
@@ -76,6 +78,7 @@ class Entry:
     scheme: Scheme | None
     reason: str
     tied_to: str | None = None
+    method: str | None = None  # the rule's, where one names it; None: the recipe's
 
     def to_json(self) -> dict[str, Any]:
         scheme = str(self.scheme) if self.scheme else None
@@ -87,7 +90,7 @@ class Entry:
             "scheme": scheme,
             "reason": self.reason,
             "tied_to": self.tied_to,
-        }
+        } | ({"method": self.method} if self.method else {})
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,11 @@ class Inventory:
     @property
     def quantized(self) -> dict[str, Scheme]:
         return {e.name: e.scheme for e in self.entries if e.scheme is not None}
+
+    def method_of(self, name: str, default: str) -> str:
+        """The PTQ method of a layer: its rule's, or the recipe's."""
+        found = next((e.method for e in self.entries if e.name == name), None)
+        return found or default
 
     @property
     def coverage(self) -> float:
@@ -156,7 +164,10 @@ class Recipe:
             if scheme is not None:
                 _check_ragged(name, scheme, kind, shape)
             tied_to = owner.setdefault(id(own[0][1]), name)
-            entries.append(Entry(name, kind, shape, num_weights, scheme, reason, None if tied_to == name else tied_to))
+            method = self.rules[hits[0]].method if hits and scheme is not None else None
+            entries.append(
+                Entry(name, kind, shape, num_weights, scheme, reason, None if tied_to == name else tied_to, method)
+            )
         if unused := [i for i in range(len(self.rules)) if i not in used]:
             if what := beside.get(unused[0]):
                 raise UsageError(f"a rule hits only what cannot be quantized, such as {what}: {self.rules[unused[0]]}")

@@ -219,7 +219,7 @@ def test_quantize_draws_its_samples_by_the_seed(lm):
     [
         ({"scheme": "w4a16g32"}, r"unknown scheme 'w4a16g32'; did you mean w4a16-g32"),
         ({"scheme": "float"}, "scheme float quantizes nothing"),
-        ({"scheme": "w8a8", "method": "awq"}, "method 'awq' is none of rtn, gptq"),
+        ({"scheme": "w8a8", "method": "gpqt"}, "method 'gpqt': 'gpqt' is none of rtn, gptq"),
         ({"scheme": "w8a8", "seed": -1}, "seed=-1"),
         ({"scheme": "w8a8", "seed": 2**70}, "seed="),
         ({"scheme": "w8a8", "samples": 0}, "limit=0"),

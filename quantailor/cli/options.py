@@ -31,7 +31,9 @@ SamplesOption = Annotated[int, typer.Option("--samples", help="calibration rows"
 RuleOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--rule", help="PATTERN=SCHEME or PATTERN=keep, such as '*.down_proj=w8a16'; first match decides; repeatable"
+        "--rule",
+        help="PATTERN=SCHEME, PATTERN=SCHEME:METHOD or PATTERN=keep, such as '*.down_proj=w8a16:rtn'; "
+        "first match decides; repeatable",
     ),
 ]
 NoRaggedOption = Annotated[
@@ -44,13 +46,17 @@ FormatOption = Annotated[
 
 
 def rules(texts: list[str] | None) -> list[Rule]:
-    """`PATTERN=SCHEME` or `PATTERN=keep`, in order. Raises: UsageError on another form or an unknown scheme."""
+    """`PATTERN=SCHEME[:METHOD]` or `PATTERN=keep`, in order. Raises: UsageError on another form or unknown scheme."""
     result = []
     for text in texts or []:
         pattern, equals, action = text.rpartition("=")
         if not equals or not pattern or not action:
             raise UsageError(f"--rule {text!r} is not PATTERN=SCHEME or PATTERN=keep; an example: '*.down_proj=w8a16'")
-        result.append(Rule(Keep(f"rule: {text}") if action == "keep" else Scheme.parse(action), pattern=pattern))
+        scheme, _, method = action.partition(":")
+        if scheme == "keep" and method:
+            raise UsageError(f"--rule {text!r} keeps what it hits and names a method; leave one of the two out")
+        kept = Keep(f"rule: {text}") if scheme == "keep" else Scheme.parse(scheme)
+        result.append(Rule(kept, pattern=pattern, method=method or None))
     return result
 
 

@@ -321,6 +321,7 @@ def _state(receipt: dict[str, Any], folder: Path) -> State:
                 from_json(e["spec"]),
                 e["reason"],
                 e.get("tied_to"),
+                e.get("method"),
             )
             for e in receipt["inventory"]
         ]

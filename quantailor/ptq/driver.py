@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantailor import ptq
 from quantailor.errors import UntrustedInput
 from quantailor.models.loading import device_of
 from quantailor.models.prepare import FAKE_QUANT, State, state_of
@@ -23,11 +24,19 @@ from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.fake_quant import FakeQuant, FakeQuantConv2d, FakeQuantEmbedding, FakeQuantLinear, set_rounded
 from quantailor.numerics.measures import relative_error
 from quantailor.progress import Progress
-from quantailor.ptq.method import Method
+from quantailor.ptq.chain import Chain, as_chain
+from quantailor.ptq.method import Finish, Method, OnBlock, OnModel, Refine, Report
 from quantailor.ptq.statistics import Statistics, rows_of
 
 Batch = Mapping[str, Tensor]
 _SOLVED_ON_DATA = (FakeQuantLinear, FakeQuantConv2d)  # an embedding has no input to take statistics of
+
+
+def methods_of(state: State, default: str) -> Callable[[str], Chain]:
+    """A layer's method by its name: its rule's, or `default`. Raises: UsageError on an unknown one."""
+    named = {e.name: e.method for e in state.inventory if e.method}
+    chains = {text: ptq.method(text) for text in {default, *named.values()}}
+    return lambda name: chains[named.get(name, default)]
 
 
 class _Stop(Exception):
@@ -52,6 +61,7 @@ def calibrate(
     model.eval()
     work = _Calibration(model, batches, methods, state)
     with (progress or Progress()).task("calibrating", sum(1 for _ in modules_of(model, FAKE_QUANT))) as advance:
+        work.rewrite_model()
         for name, module in modules_of(model, FakeQuantEmbedding):
             work.solve(name, module, None)
             advance(1)
@@ -75,13 +85,15 @@ class _Calibration:
     def __init__(
         self, model: nn.Module, batches: Sequence[Batch], methods: Callable[[str], Method], state: State
     ) -> None:
-        self.model, self.methods, self.state = model, methods, state
+        self.model, self.state = model, state
+        self.methods = lambda name: as_chain(methods(name))
         device = device_of(model)
         self.batches = [{k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in batches]
         self.masks = [batch.get("attention_mask") for batch in self.batches]
         self.runs = [lambda batch=batch: self.model(**batch) for batch in self.batches]
         self.solved: dict[int, str] = {}  # id of a weight's quantizer -> the layer it was solved for
         self.final: set[int] = set()  # ids of quantizers that compute on their grid from now on
+        self.extra: dict[str, Report] = {}  # what came before a layer was solved: joins its report then
 
     def chain(self) -> list[tuple[str, nn.Module]]:
         """The blocks from the first with a layer to solve to the last; none where they cannot be run by themselves."""
@@ -129,6 +141,7 @@ class _Calibration:
         for index, (prefix, block) in enumerate(named_blocks):
             runs = [_Run(block, hidden[i], calls[i][index]) for i in range(len(self.batches))]
             inside = {f"{prefix}.{name}": module for name, module in modules_of(block, _SOLVED_ON_DATA)}
+            self._rewrite_block(block, inside, runs)
             twin = self._twin(block) if any(self.methods(n).needs_float_path for n in inside) else None
             float_runs = (
                 [_Run(twin, float_hidden[i], calls[i][index]) for i in range(len(self.batches))] if twin else None
@@ -137,6 +150,7 @@ class _Calibration:
             if float_runs:
                 float_hidden = [run() for run in float_runs]
                 self._refine(block, inside, runs, float_hidden)
+                self._finish(block, twin, inside, runs, float_runs)
             for i, run in enumerate(runs):
                 if block is not named_blocks[-1][1]:
                     hidden[i] = run()
@@ -151,15 +165,42 @@ class _Calibration:
                     quantizer.enabled = False
         return twin
 
-    def _refine(self, block: nn.Module, inside: dict[str, nn.Module], runs: list[_Run], targets: list[Tensor]) -> None:
+    def _parts(self, hook: type, layers: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+        """Each part of the layers' methods that offers this hook, with the layers it is asked for, in chain order."""
+        found: dict[int, tuple[Any, dict[str, Any]]] = {}
+        for name, module in layers.items():
+            for part in self.methods(name).parts_with(hook):
+                found.setdefault(id(part), (part, {}))[1][name] = module
+        return list(found.values())
+
+    def rewrite_model(self) -> None:
+        """Parts that rewrite the whole float model, before anything is measured on it."""
+        layers = dict(modules_of(self.model, FAKE_QUANT))
+        for part, asked in self._parts(OnModel, layers):
+            with _in_float(layers.values(), except_for=self.final):
+                self._add(part.on_model(self.model, asked))
+
+    def _rewrite_block(self, block: nn.Module, inside: dict[str, Any], runs: list[_Run]) -> None:
+        for part, asked in self._parts(OnBlock, inside):
+            with _in_float(inside.values(), except_for=self.final):
+                self._add(part.on_block(block, asked, runs, self.masks))
+
+    def _add(self, reports: dict[str, Report]) -> None:
+        for name, report in reports.items():
+            self.extra[name] = {**self.extra.get(name, {}), **report}
+
+    def _refine(self, block: nn.Module, inside: dict[str, Any], runs: list[_Run], targets: list[Tensor]) -> None:
         """Let a method that works on whole blocks move what `solve` found. Tied weights stay as they were solved."""
-        by_method: dict[int, tuple[Any, dict[str, nn.Module]]] = {}
-        for name, module in inside.items():
-            method = self.methods(name)
-            if hasattr(method, "refine") and "tied_to" not in self.state.layers.get(name, {}):
-                by_method.setdefault(id(method), (method, {}))[1][name] = module
-        for method, layers in by_method.values():
-            for name, report in method.refine(block, layers, runs, targets, self.masks).items():
+        free = {n: m for n, m in inside.items() if "tied_to" not in self.state.layers.get(n, {})}
+        for part, layers in self._parts(Refine, free):
+            for name, report in part.refine(block, layers, runs, targets, self.masks).items():
+                self.state.layers[name] = {**self.state.layers[name], **report}
+
+    def _finish(
+        self, block: nn.Module, twin: nn.Module | None, inside: dict[str, Any], runs: list[_Run], float_runs: list[_Run]
+    ) -> None:
+        for part, layers in self._parts(Finish, inside):
+            for name, report in part.finish(block, twin, layers, runs, float_runs, self.masks).items():
                 self.state.layers[name] = {**self.state.layers[name], **report}
 
     def whole_model(self, names: list[str], advance: Callable[[int], None]) -> None:
@@ -250,7 +291,7 @@ class _Calibration:
         q = solution.q
         set_rounded(module, q)
         rounded = quantizer.dequantize(q)
-        report = {**solution.report, "weight_error": relative_error(rounded, weight)}
+        report = {**solution.report, **self.extra.get(name, {}), "weight_error": relative_error(rounded, weight)}
         if statistics is not None and statistics.importance is not None:
             report["output_error"] = _output_error(weight, rounded, statistics)
             report["rows"] = statistics.num_rows

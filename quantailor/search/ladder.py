@@ -19,15 +19,14 @@ from typing import Any
 
 from torch import nn
 
+from quantailor import ptq
 from quantailor.data.examples import Examples
 from quantailor.errors import QuantailorError, UsageError
 from quantailor.evaluate.result import Result, difference
 from quantailor.evaluate.run import evaluate, reference_for
 from quantailor.models.prepare import prepare, state_of
 from quantailor.progress import Advance, Progress
-from quantailor.ptq import METHODS
-from quantailor.ptq.driver import calibrate
-from quantailor.ptq.method import Method
+from quantailor.ptq.driver import calibrate, methods_of
 from quantailor.qat.best import Score
 from quantailor.qat.settings import Settings
 from quantailor.qat.train import TrainReport, train
@@ -54,8 +53,8 @@ class Goal:
             raise UsageError(f"tolerance={self.tolerance} must be 0 or more and below 1; 2% is 0.02")
         if not 0 < self.minutes < math.inf:
             raise UsageError(f"minutes={self.minutes} is no time to work in; use more than 0, such as 30")
-        if unknown := [method for method in self.methods if method not in METHODS]:
-            raise UsageError(f"method {unknown[0]!r} is none of {', '.join(METHODS)}")
+        for method in self.methods:
+            ptq.method(method)
         if not self.methods:
             raise UsageError("no PTQ method is named; use at least one, such as rtn")
 
@@ -201,7 +200,7 @@ class Ladder:
             began = self.clock()
             candidate = copy.deepcopy(self.model)
             state = prepare(candidate, self.recipe)
-            calibrate(candidate, batches, _always(METHODS[method]), self.progress)
+            calibrate(candidate, batches, methods_of(state, method), self.progress)
             state.method = method
             reason = (
                 "the cheapest: no solver, seconds"
@@ -319,10 +318,6 @@ class Ladder:
             "float+", twin, f"control: the float model fine-tuned for the same {num_steps} steps", began, report
         )
         outcome.recovery_control = _share(ptq.value, outcome.final.value, step.value)
-
-
-def _always(method: Method) -> Callable[[str], Method]:
-    return lambda _name: method
 
 
 def _share(ptq: float, final: float, base: float) -> float | None:

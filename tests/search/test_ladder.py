@@ -68,7 +68,7 @@ class World:
         return model.quantailor_state
 
     def calibrate(self, model, batches, methods, progress):
-        name = next(n for n, method in ladder_module.METHODS.items() if methods("layer") is method)
+        name = methods("layer").name
         self.calls.append(name)
         self.now += 5
         model.value = self.values[name]
