@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +33,48 @@ from quantailor.data.encode import encode, start_token
 from quantailor.data.examples import Examples
 from quantailor.data.loading import Data, load_examples, overlap, split
 from quantailor.errors import QualityGateFailed, UntrustedInput, UsageError
+from quantailor.evaluate.adequacy import Adequacy, Solve, examine
 from quantailor.evaluate.classification import ClassificationResult
 from quantailor.evaluate.lm import LMResult
 from quantailor.evaluate.parity import Parity, compare
 from quantailor.evaluate.run import evaluate as measure
 from quantailor.export import folder as folders
-from quantailor.models.loading import Task, device_of, load_float, load_tokenizer, task_of
-from quantailor.models.prepare import FAKE_QUANT, State, pack_model, prepare, state_of, unpack_model
+from quantailor.export.streamed import packer, write_streamed
+from quantailor.models.loading import (
+    NotInParts,
+    Skeleton,
+    Task,
+    device_of,
+    load_float,
+    load_tokenizer,
+    open_skeleton,
+    task_of,
+)
+from quantailor.models.prepare import FAKE_QUANT, State, pack_model, planned, prepare, state_of, unpack_model
 from quantailor.models.structure import modules_of
+from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics.measures import relative_max_difference
 from quantailor.progress import Progress
+from quantailor.ptq import distributed
+from quantailor.ptq.cache import DEFAULT_BYTES as DEFAULT_CACHE_BYTES
 from quantailor.ptq.chain import Chain
-from quantailor.ptq.driver import calibrate, methods_of
+from quantailor.ptq.defaults import one_pass
+from quantailor.ptq.driver import calibrate, methods_of, round_without_data
+from quantailor.ptq.statistics import Statistics
+from quantailor.ptq.stream import PARTS, stream, why_not_in_parts
 from quantailor.qat.settings import Settings
 from quantailor.qat.train import TrainReport
 from quantailor.qat.train import train as run_training
 from quantailor.recipe import Recipe, Rule
 from quantailor.report.markdown import fit_page
 from quantailor.search.ladder import Goal, Ladder
-from quantailor.spec import Scheme
+from quantailor.spec import QuantSpec, Scheme
 from quantailor.store.jsonio import write_json
 from quantailor.store.manifest import NAME as MANIFEST
 from quantailor.store.manifest import hash_folder, write_manifest
-from quantailor.store.publish import new_folder
+from quantailor.store.publish import DiskFull, check_room, is_disk_full, new_folder
 from quantailor.store.untrusted import scan_model_folder
+from quantailor.store.work import Work, work_folder
 
 Result = LMResult | ClassificationResult
 
@@ -141,26 +163,27 @@ def _check_tokens(examples: Examples, model: Model) -> None:
 
 
 def recipe_for(
-    scheme: str | Scheme, rules: Sequence[Rule] = (), *, method: str = "gptq", ragged: bool = True
+    scheme: str | Scheme, rules: Sequence[Rule] = (), *, method: str | None = None, ragged: bool = True
 ) -> Recipe:
     """A recipe from what the commands take. Raises: UsageError for an unknown scheme or method."""
     parsed = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
-    for name in (method, *(rule.method for rule in rules if rule.method)):
-        ptq.method(name)
+    for name in (method, *(rule.method for rule in rules)):
+        if name is not None:
+            ptq.method(name)
     if not ragged:
         parsed = parsed.with_ragged(False)
         rules = [
             dataclasses.replace(r, action=r.action.with_ragged(False)) if isinstance(r.action, Scheme) else r
             for r in rules
         ]
-    return Recipe(parsed, tuple(rules), method)
+    return Recipe(parsed, tuple(rules), method or one_pass(parsed))
 
 
 def quantize(
     model: str | Path | Model,
     scheme: str | Scheme,
     *,
-    method: str = "gptq",
+    method: str | None = None,
     data: Data | Examples | None = None,
     samples: int = 128,
     context: int = 256,
@@ -171,36 +194,237 @@ def quantize(
 ) -> Model:
     """Post-training quantization with one method: the given model is left as it is, a simulated one comes back.
 
-    `data`: calibration samples (`samples` rows are drawn); without data only `rtn` on dynamic or weight-only schemes.
+    `method`: one of `ptq.METHODS`, or a chain such as `smoothquant+gptq`; None: what ptq/defaults.py has for the
+    scheme. `data`: calibration samples (`samples` rows are drawn); without data only what needs none (RTN, HQQ), on
+    dynamic or weight-only schemes.
     Raises: UsageError, UntrustedInput as the parts do.
     """
     source = as_model(model)
     if source.state is not None:
         raise UsageError("the model is quantized already; start from its float parent")
+    recipe = _recipe_for_ptq(scheme, rules, method or ("rtn" if data is None else None), ragged, seed)
+    copied = dataclasses.replace(source, model=copy.deepcopy(source.model), notes=list(source.notes))
+    state = prepare(copied.model, recipe)
+    state.method = recipe.method
+    chain = methods_of(state, recipe.method)
+    if data is None:
+        _check_without_data(state, chain)
+        round_without_data(modules_of(copied.model, FAKE_QUANT), state, chain)
+        state.notes.append(_WITHOUT_DATA)
+        return copied
+    examples = examples_for(copied, data, context=context)
+    batches, notes = _drawn(examples, samples, seed)
+    calibrate(copied.model, batches, chain, progress)
+    state.notes += notes
+    copied.probe = probe_of(examples)
+    return copied
+
+
+_WITHOUT_DATA = "quantized without data: every input channel counted alike"
+
+
+def _recipe_for_ptq(scheme: str | Scheme, rules: Sequence[Rule], method: str | None, ragged: bool, seed: int) -> Recipe:
     if not 0 <= seed < 2**31:
         raise UsageError(f"seed={seed} must be 0 or more and below 2^31")
     recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
     if recipe.scheme.is_float and not rules:
         raise UsageError("scheme float quantizes nothing; use `train` with it, or another scheme")
-    copied = dataclasses.replace(source, model=copy.deepcopy(source.model), notes=list(source.notes))
-    state = prepare(copied.model, recipe)
-    state.method = method
-    chain = methods_of(state, method)
-    if data is None:
-        static = recipe.scheme.input is not None and not recipe.scheme.input.dynamic
-        if any(chain(e.name).needs_hessian for e in state.inventory if e.scheme) or static:
-            raise UsageError(
-                f"{method} at {recipe.scheme} needs calibration data; give --data, "
-                "or use --method rtn with a scheme without static ranges"
+    return recipe
+
+
+def _check_without_data(state: State, chain: Callable[[str], Chain]) -> None:
+    """Raises: UsageError if a method or a static range needs data."""
+    static = state.scheme.input is not None and not state.scheme.input.dynamic
+    if any(chain(e.name).needs_data for e in state.inventory if e.scheme) or static:
+        raise UsageError(
+            f"{state.method} at {state.scheme} needs calibration data; give --data, "
+            "or use --method rtn with a scheme without static ranges"
+        )
+
+
+def _drawn(examples: Examples, samples: int, seed: int) -> tuple[list[dict[str, Tensor]], list[str]]:
+    """Calibration batches, and what the receipt says of them."""
+    batches, notes = examples.calibration_batches(samples, seed=seed)
+    return batches, [f"calibration data: {note}" for note in (*examples.notes, *notes)]
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """What `quantize_folder` saved. `in_memory_because`: None where it worked block by block."""
+
+    out: Path
+    state: State
+    num_weights: int
+    in_memory_because: str | None = None
+
+
+def quantize_folder(
+    folder: str | Path,
+    scheme: str | Scheme,
+    out: str | Path,
+    *,
+    method: str | None = None,
+    data: Data | Examples | None = None,
+    samples: int = 128,
+    context: int = 256,
+    rules: Sequence[Rule] = (),
+    ragged: bool = True,
+    seed: int = 0,
+    format: str | None = None,
+    overwrite: bool = False,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> QuantizedFolder:
+    """`quantize` and `save` for a folder that may be larger than memory: one block's weights are there at a time.
+
+    The same bytes as those two would write. Activations between blocks take `cache_bytes` of memory at most, then
+    disk. After a kill the same call goes on behind the last finished block. Where torch.distributed is initialised,
+    every process calls this, works on its share of the samples, and the first one writes.
+    A model that cannot be taken apart is quantized in memory, and its receipt says why.
+    Raises: as `quantize` and `save`; DiskFull, before any work, where the disk of `out` is too small.
+    """
+    folder, out = Path(folder), Path(out)
+    if not folder.exists() and folder.parent.is_dir():
+        folders.recover(folder)  # a writer may have been killed between its two renames
+    if (folder / folders.RECEIPT).exists():
+        raise UsageError("the model is quantized already; start from its float parent")
+    recipe = _recipe_for_ptq(scheme, rules, method or ("rtn" if data is None else None), ragged, seed)
+    options: dict[str, Any] = {"method": method, "samples": samples, "context": context, "seed": seed}
+    with ExitStack() as stack:
+        place = None
+        if distributed.rank() == 0:
+            place = stack.enter_context(new_folder(out, overwrite=overwrite, inputs=[folder]))
+        distributed.barrier()
+        work: Work | None = None
+        try:
+            skeleton = open_skeleton(folder)
+            weights = num_weights(skeleton.model)
+            state = planned(skeleton.model, recipe)
+            state.method = recipe.method
+            chain = methods_of(state, recipe.method)
+            if reason := why_not_in_parts(skeleton, state, chain):
+                raise NotInParts(reason)
+            format_, _ = folders.choose_format(state.inventory, format)
+            shell = Model(skeleton.model, skeleton.tokenizer, skeleton.task)
+            batches: list[dict[str, Tensor]] = []
+            notes, probe = [_WITHOUT_DATA], default_probe(shell)
+            if data is None:
+                _check_without_data(state, chain)
+            else:
+                examples = examples_for(shell, data, context=context)
+                batches, notes = _drawn(examples, samples, seed)
+                probe = probe_of(examples)
+            parent = {"folder": folder.name, "hash": hash_folder(folder)}
+            config = {
+                "model": parent["hash"],
+                "recipe": repr(recipe),
+                "format": format_,
+                "data": _fingerprint([*batches, probe]),
+                "processes": distributed.world(),
+                "device": device,
+                "versions": {k: v for k, v in environment().items() if k not in ("threads", "device")},
+            }
+            work = _work_for(out, config, progress)
+            _check_room(out, skeleton, state, batches, chain, work)
+            packed = stream(
+                skeleton,
+                state,
+                batches,
+                chain,
+                work,
+                packer(state, format_),
+                probe=probe,
+                cache_bytes=cache_bytes,
+                device=torch.device(device),
+                progress=progress,
             )
-        _quantize_without_data(copied, chain)
-        return copied
-    examples = examples_for(copied, data, context=context)
-    batches = list(examples.batches(16, shuffle=True, seed=seed, limit=samples))
-    calibrate(copied.model, batches, chain, progress)
-    state.notes += [f"calibration data: {note}" for note in examples.notes]
-    copied.probe = probe_of(examples)
-    return copied
+            state.notes += notes
+            if place is not None:
+                write_streamed(
+                    place,
+                    skeleton,
+                    state,
+                    packed,
+                    work.path(PARTS),
+                    format=format,
+                    probe=probe,
+                    details={"parent": parent, "training": None},
+                )
+            result = QuantizedFolder(out, state, weights)
+        except NotInParts as error:
+            model = quantize(folder, scheme, data=data, rules=rules, ragged=ragged, progress=progress, **options)
+            assert model.state is not None
+            model.state.notes.append(f"the whole model was held in memory: {error}")
+            weights = num_weights(model.model)
+            if place is not None:
+                _fill(place, model, format)
+            result = QuantizedFolder(out, model.state, weights, str(error))
+        except BaseException as error:
+            if work is not None and (not work.records or isinstance(error, DiskFull) or is_disk_full(error)):
+                work.remove()
+            raise
+    if distributed.rank() == 0:
+        shutil.rmtree(work_folder(out), ignore_errors=True)
+    distributed.barrier()
+    return result
+
+
+def _work_for(out: Path, config: dict[str, Any], progress: Progress | None) -> Work:
+    """The work folder of this process: the first's is beside `out`, the others' lie in it."""
+    world, rank = distributed.world(), distributed.rank()
+    folder = work_folder(out)
+    work = None
+    for turn in range(world):
+        if turn == rank:
+            work = Work(folder / f"process-{rank}" if rank else folder, config, states=2 if world > 1 else 1)
+        if turn == 0:
+            distributed.barrier()
+    assert work is not None
+    if work.fresh_because and progress is not None:
+        progress.say(f"the unfinished work in {work.folder} is not continued: {work.fresh_because}; starting afresh")
+    return work
+
+
+def _fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """sha256 of all tensors of some batches, in hexadecimal."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_room(
+    out: Path,
+    skeleton: Skeleton,
+    state: State,
+    batches: Sequence[Mapping[str, Tensor]],
+    chain: Callable[[str], Chain],
+    work: Work,
+) -> None:
+    """Raises: DiskFull unless the disk of `out` has room for the packed model, twice for a while, and for the hidden
+    states before and after a block."""
+    quantized = {name: scheme.weight for name, scheme in state.inventory.quantized.items()}
+    size = 0.0
+    places = set()
+    for name, fact in skeleton.facts.items():
+        if (fact.file, fact.start) in places:
+            continue
+        places.add((fact.file, fact.start))
+        spec = quantized.get(name.removesuffix(".weight"))
+        size += fact.num_bytes if spec is None else _packed_bytes(spec, prod(fact.shape), fact.shape[0])
+    width = getattr(skeleton.model.config, "hidden_size", 0) * skeleton.dtype.itemsize
+    rows = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+    paths = 2 if any(chain(name).needs_float_path for name in quantized) else 1
+    needed = int(2 * size + 2 * paths * rows * width)
+    there = sum(path.stat().st_size for path in work.folder.rglob("*") if path.is_file())
+    check_room(out, needed - there)
+
+
+def _packed_bytes(spec: QuantSpec, num_weights: int, rows: int) -> float:
+    scales = num_weights / spec.group_size if spec.group_size else rows
+    return num_weights * spec.grid.bits / 8 + 5 * scales
 
 
 def quantize_module(
@@ -208,7 +432,7 @@ def quantize_module(
     scheme: str | Scheme,
     batches: Sequence[Mapping[str, Tensor]],
     *,
-    method: str = "gptq",
+    method: str | None = None,
     rules: Sequence[Rule] = (),
     ragged: bool = True,
     progress: Progress | None = None,
@@ -221,26 +445,14 @@ def quantize_module(
     recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
     copied = copy.deepcopy(module)
     state = prepare(copied, recipe)
-    state.method = method
-    calibrate(copied, batches, methods_of(state, method), progress)
+    state.method = recipe.method
+    calibrate(copied, batches, methods_of(state, recipe.method), progress)
     return copied
 
 
 def pack_module(module: nn.Module) -> nn.Module:
     """The packed twin of what `quantize_module` returned: integers only. The given module is left as it is."""
     return pack_model(copy.deepcopy(module))
-
-
-def _quantize_without_data(model: Model, methods: Callable[[str], Chain]) -> None:
-    state = model.state
-    assert state is not None
-    for name, module in modules_of(model.model, FAKE_QUANT):
-        assert isinstance(module, FAKE_QUANT) and module.weight_quantizer is not None
-        quantizer = module.weight_quantizer
-        solution = methods(name).solve(module.weight_ON.detach().float(), None, quantizer.spec)
-        quantizer.set_scale(solution.scale, solution.zero_point)
-        state.layers[name] = solution.report
-    state.notes.append("quantized without data: every input channel counted alike")
 
 
 def train(
@@ -251,7 +463,7 @@ def train(
     eval_data: Data | Examples | None = None,
     teacher: str | Path | Model | None = "self",
     settings: Settings | None = None,
-    method: str = "gptq",
+    method: str | None = None,
     samples: int = 128,
     context: int = 256,
     rules: Sequence[Rule] = (),
@@ -394,6 +606,64 @@ def default_probe(model: Model) -> dict[str, Tensor]:
     vocab = int(model.model.config.vocab_size)
     ids = torch.linspace(0, vocab - 1, 64).long().reshape(2, 32)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def adequacy(
+    model: str | Path | Model,
+    data: Data | Examples,
+    *,
+    eval_data: Data | Examples | None = None,
+    scheme: str | Scheme = "w4a16-g32",
+    method: str = "gptq",
+    samples: int = 128,
+    context: int = 256,
+    seed: int = 0,
+    at_most: int | None = None,
+    progress: Progress | None = None,
+) -> Adequacy:
+    """Whether the calibration rows that `quantize` would draw are enough for `scheme`, and of the right kind.
+
+    `eval_data`: what the quantized model will be measured on; without it the model's own expectations are all there is
+    to compare with. `at_most` looks at so many rows only, and extrapolates. Nothing is quantized.
+    Raises: UsageError, UntrustedInput as the parts do.
+    """
+    source = as_model(model)
+    if source.state is not None:
+        raise UsageError("the model is quantized already; judge calibration data with its float parent")
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"seed={seed} must be 0 or more and below 2^31")
+    solve = _solver(scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme), ptq.method(method))
+    calibration = examples_for(source, data, context=context)
+    evaluation = None if eval_data is None else examples_for(source, eval_data, context=context)
+    with (progress or Progress()).counted("looking at rows") as report:
+        return examine(
+            source.model,
+            calibration,
+            evaluation=evaluation,
+            solve=solve,
+            solver=method,
+            samples=samples,
+            seed=seed,
+            at_most=at_most,
+            progress=report,
+            **({} if at_most is None else {"splits": 2, "max_layers": 2}),
+        )
+
+
+def _solver(scheme: Scheme, method: Chain) -> Solve:
+    """`method`'s answer for one weight and one X^T X, back on real numbers; a float path counts as unchanged."""
+    spec = scheme.weight
+    if spec is None:
+        raise UsageError(f"scheme {scheme} leaves weights in float, and nothing is calibrated for them; name another")
+
+    def solve(weight_ON: Tensor, hessian_NN: Tensor, num_rows: int) -> Tensor:
+        statistics = Statistics(hessian_NN.diagonal().clone(), hessian_NN, hessian_NN, num_rows)
+        found = method.solve(weight_ON, statistics, spec)
+        quantizer = WeightQuantizer(spec, weight_ON.shape[0], weight_ON.shape[1], weight_ON.device)
+        quantizer.set_scale(found.scale, found.zero_point)
+        return quantizer.dequantize(found.q).detach()
+
+    return solve
 
 
 def evaluate(
@@ -574,6 +844,7 @@ def fit(
             raise UsageError("the model is quantized already; start from its float parent")
         folders.choose_format(recipe.assign(source.model), format)  # the user's mistakes: before anything is measured
         train_data, held_out, notes = _data_for_fit(source, data, eval_data, context, goal)
+        notes += _on_calibration(source, recipe, train_data, held_out, goal)
         outcome = Ladder(source.model, recipe, train_data, held_out, goal, progress).climb()
         best = dataclasses.replace(source, model=outcome.model, probe=probe_of(held_out))  # type: ignore[arg-type]
         assert best.state is not None
@@ -621,6 +892,25 @@ def fit(
             folder, kind="quantized model", details={"scheme": str(recipe.scheme), "verdict": outcome.verdict}
         )
     return FitResult(outcome.verdict, _finite(report), Path(out))
+
+
+def _on_calibration(source: Model, recipe: Recipe, data: Examples, held_out: Examples, goal: Goal) -> list[str]:
+    """What the receipt says of the calibration data, from a quick look."""
+    if recipe.scheme.weight is None:
+        return []
+    try:
+        found = adequacy(
+            source,
+            data,
+            eval_data=held_out,
+            scheme=recipe.scheme,
+            samples=goal.calibration,
+            seed=goal.settings.seed,
+            at_most=32,
+        )
+    except UsageError as error:  # such as a model without Linears: `fit` itself may well go on
+        return [f"whether the calibration data is enough was not looked at: {error}"]
+    return found.for_receipt()
 
 
 def _data_for_fit(

@@ -69,7 +69,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [head, "-" * len(head)]
     for row in result["rows"]:
         values = {step["name"]: step["value"] for step in row["steps"]}
-        ptq = min(values[name] for name in ("rtn", "gptq") if name in values)
+        ptq = min(step["value"] for step in row["steps"] if step["name"] != "float" and "training" not in step)
         qat = [values[name] for name in ("hybrid", "qat") if name in values]
         trained = f"{min(qat):>10.3f}" if qat else f"{'-':>10}"
         parity = "equal" if row["check"]["equal"] else "NOT EQUAL"

@@ -17,7 +17,7 @@ from math import prod
 from typing import Any
 
 from quantailor.errors import UsageError
-from quantailor.spec import PerGroup, Scheme
+from quantailor.spec import PerGroup, Scheme, why_not_convolution
 
 QUANTIZABLE = ("Linear", "Conv1D", "Conv2d", "Embedding")
 
@@ -163,6 +163,8 @@ class Recipe:
             scheme, reason = self._decide(name, module, kind, cannot, blocks, head, hits)
             if scheme is not None:
                 _check_ragged(name, scheme, kind, shape)
+                if kind == "Conv2d" and (problem := why_not_convolution(scheme)):
+                    raise UsageError(f"{name}: {problem}")
             tied_to = owner.setdefault(id(own[0][1]), name)
             method = self.rules[hits[0]].method if hits and scheme is not None else None
             entries.append(

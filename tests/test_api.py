@@ -201,7 +201,10 @@ def test_quantize_without_data_is_rtn_on_what_needs_none(lm, tmp_path):
     assert qt.check(saved(simulated, tmp_path / "out")).equal
 
     with pytest.raises(UsageError, match=r"gptq at w8a8 needs calibration data; give --data, or use --method rtn"):
-        qt.quantize(lm, "w8a8")
+        qt.quantize(lm, "w8a8", method="gptq")
+    with pytest.raises(UsageError, match=r"smoothquant\+rtn at w8a8 needs calibration data"):
+        qt.quantize(lm, "w8a8", method="smoothquant+rtn")
+    assert qt.quantize(lm, "w8a8").state.method == "rtn"
     with pytest.raises(UsageError, match="rtn at w8a8-static needs calibration data"):
         qt.quantize(lm, "w8a8-static", method="rtn")
 
@@ -372,7 +375,7 @@ def test_train_from_float_starts_with_ptq_and_leaves_the_model(lm, tmp_path):
 
     assert same(before, state(lm)) and all(p.requires_grad for p in lm.model.parameters())
     assert trained.training.best <= trained.training.start
-    assert trained.state.method == ("gptq+qat" if trained.training.improved else "gptq")
+    assert trained.state.method == ("qronos+qat" if trained.training.improved else "qronos")
     folder = saved(trained, tmp_path / "out")
     assert qt.check(folder).equal
     told = json.loads((folder / "quantailor.json").read_text())["details"]["training"]

@@ -22,6 +22,7 @@ def run(code: list[str], folder: Path) -> str:
         ("quickstart", [], "'equal': True"),
         ("mixed_by_rule", [], "with rules: perplexity"),
         ("rescue_two_bits", ["6"], "QAT"),
+        ("cnn_w8a8", [], "w8a8-static: 9"),
     ],
 )
 def test_example(name, arguments, expected, tmp_path):
@@ -37,4 +38,5 @@ def test_readme_block(page, tmp_path):
 
 
 def test_all_examples_are_run():
-    assert {p.stem for p in (ROOT / "examples").glob("*.py")} == {"quickstart", "mixed_by_rule", "rescue_two_bits"}
+    run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8"}
+    assert {p.stem for p in (ROOT / "examples").glob("*.py")} == run

@@ -29,9 +29,10 @@ def fit(
         float | None, typer.Option(help="of the weights; by default from the table by bits and size")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    methods: Annotated[str, typer.Option(help="PTQ methods to try, cheapest first; autoround is another")] = (
-        "rtn,gptq,qronos"
-    ),
+    methods: Annotated[
+        str | None,
+        typer.Option(help="PTQ methods to try, cheapest first, by comma; by default rtn, then what suits the scheme"),
+    ] = None,
     samples: o.SamplesOption = 128,
     context: o.ContextOption = 256,
     rule: o.RuleOption = None,
@@ -47,8 +48,8 @@ def fit(
 ) -> None:
     """Fit a model to fewer bits by the cheapest way that stays within the tolerance.
 
-    Measures the float model, tries post-training quantization (RTN, GPTQ, Qronos), and only where that loses too much
-    trains: a short QAT, then a longer one. The result is packed, checked and saved with its report.
+    Measures the float model, tries post-training quantization (RTN, Qronos, Block-AP), and only where that loses too
+    much trains: a short QAT, then a longer one. The result is packed, checked and saved with its report.
 
     Example:  quantailor fit ./model --data train.txt --eval-data valid.txt --scheme w4a16-g32 --out ./model-w4
 
@@ -60,7 +61,7 @@ def fit(
         tolerance=o.share(tolerance),
         minutes=minutes,
         calibration=samples,
-        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        methods=None if methods is None else tuple(name.strip() for name in methods.split(",") if name.strip()),
         short_steps=max(1, steps // 4),
         long_steps=steps,
         control=control,

@@ -18,6 +18,7 @@ import typer
 
 import quantailor
 from quantailor.cli import options
+from quantailor.cli.calibration import calibration
 from quantailor.cli.check import check
 from quantailor.cli.demo import demo
 from quantailor.cli.evaluate import evaluate
@@ -27,7 +28,7 @@ from quantailor.cli.quantize import quantize
 from quantailor.cli.schemes import schemes
 from quantailor.cli.train import train
 from quantailor.errors import QuantailorError
-from quantailor.progress import go_on, stop_with
+from quantailor.progress import being_finished, go_on, stop_with
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +44,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "check": check,
     "generate": generate,
+    "calibration": calibration,
     "schemes": schemes,
     "demo": demo,
 }
@@ -70,10 +72,14 @@ class _Terminated(BaseException):
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> None:
-    """Raise here, and at the work's next step as well: a library's bare `except` may swallow the first."""
+    """Raise here, and at the work's next step as well: a library's bare `except` may swallow the first.
+
+    A step that can be continued after is finished first; a second signal does not wait for it.
+    """
     error = KeyboardInterrupt() if number == signal.SIGINT else _Terminated()
-    stop_with(error)
-    raise error
+    if stop_with(error):
+        raise error
+    os.write(2, f"quantailor: stopping after {being_finished()}; once more stops at once\n".encode())
 
 
 def run() -> None:

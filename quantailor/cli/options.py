@@ -27,7 +27,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print exactly one JSON
 QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 SeedOption = Annotated[int, typer.Option("--seed", help="of calibration samples, shuffling and dropout")]
 ContextOption = Annotated[int, typer.Option("--context", help="tokens a window or row")]
-SamplesOption = Annotated[int, typer.Option("--samples", help="calibration rows", min=1)]
+SamplesOption = Annotated[
+    int,
+    typer.Option(
+        "--samples",
+        help="calibration rows, drawn once each: 128 to 5000 are usual; `quantailor calibration` says what is enough",
+        min=1,
+    ),
+]
 RuleOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantailor.cli import options as o
-from quantailor.spec import KNOWN_SCHEMES
+from quantailor.spec import FORM, KNOWN_SCHEMES
 
 
 def schemes(json: o.JsonOption = False) -> None:
@@ -13,5 +13,9 @@ def schemes(json: o.JsonOption = False) -> None:
     """
     width = max(map(len, KNOWN_SCHEMES))
     lines = [f"{name:<{width}}  {meaning}" for name, meaning in KNOWN_SCHEMES.items()]
-    form = "form: w<2-8|1.58|1>a<2-8|16|1>[-g<size>][-asym|-balanced][-static]"
-    o.show({"schemes": KNOWN_SCHEMES}, "\n".join([*lines, form]), json)
+    ends = [
+        f"form: {FORM}",
+        "ranges of -static: mse (the default), minmax, ema, percentile<99.99>, kl, also called histogram",
+        "alias: llm.int8 is w8a8-outliers; a threshold follows its name, w8a8-outliers4.5",
+    ]
+    o.show({"schemes": KNOWN_SCHEMES}, "\n".join([*lines, *ends]), json)

@@ -33,7 +33,9 @@ def train(
     task_weight: Annotated[
         float, typer.Option(help="weight of the task's own loss beside the KL to the teacher", min=0)
     ] = 0.0,
-    method: Annotated[str, typer.Option(help="PTQ method to start from: rtn, gptq, qronos or autoround")] = "gptq",
+    method: Annotated[
+        str | None, typer.Option(help="PTQ method to start from, as in `quantize`; by default what suits the scheme")
+    ] = None,
     samples: o.SamplesOption = 128,
     context: o.ContextOption = 256,
     rule: o.RuleOption = None,

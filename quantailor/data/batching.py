@@ -115,11 +115,16 @@ def batches(
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise UsageError(f"{name}={value} leaves nothing to do; use 1 or more")
-    order = list(range(len(dataset)))
-    if shuffle:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    order = order[:limit]
+    order = drawn_rows(len(dataset), limit, seed) if shuffle else list(range(len(dataset)))[:limit]
     return (
         collator([dataset[index] for index in order[start : start + batch_size]])
         for start in range(0, len(order), batch_size)
     )
+
+
+def drawn_rows(num_rows: int, limit: int | None, seed: int) -> list[int]:
+    """The rows that `batches` takes under `shuffle`, in its order: each at most once, so no more than there are.
+
+    A smaller `limit` draws the first of what a larger one draws.
+    """
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()[:limit]

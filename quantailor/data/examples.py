@@ -1,9 +1,10 @@
 """Data ready for a model: rows, how to batch them, and what had to be done to get there."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quantailor.data import batching
@@ -51,6 +52,26 @@ class Examples:
     ) -> Iterator[dict[str, Tensor]]:
         """One pass in padded batches, as `quantailor.data.batching.batches`."""
         return batching.batches(self.dataset, self.collator, batch_size, shuffle=shuffle, seed=seed, limit=limit)
+
+    def calibration_batches(
+        self, samples: int, *, seed: int = 0, batch_size: int = 8
+    ) -> tuple[list[dict[str, Tensor]], list[str]]:
+        """(`samples` rows drawn by `seed`, each once, in padded batches; what has to be said about them).
+
+        Kept as int64: 5,000 rows of 256 tokens are 31 MB. Raises: UsageError for fewer than one sample.
+        """
+        batches = list(self.batches(batch_size, shuffle=True, seed=seed, limit=samples))
+        return batches, self.notes_on(batching.drawn_rows(len(self), samples, seed), samples)
+
+    def notes_on(self, rows: Sequence[int], asked: int) -> list[str]:
+        """Whether there are fewer rows than were asked for, and whether some of them say the same."""
+        notes = []
+        if len(rows) < asked:
+            notes.append(f"{asked:,} rows were asked for, {self.source} has {len(rows):,}: each is used once")
+        different = {torch.as_tensor(self.dataset[row]["input_ids"]).numpy().tobytes() for row in rows}
+        if repeated := len(rows) - len(different):
+            notes.append(f"{repeated:,} of {len(rows):,} rows repeat another, token for token")
+        return notes
 
     def take(self, limit: int) -> "Examples":
         """The first `limit` rows. Raises: UsageError for a `limit` below 1."""

@@ -31,6 +31,7 @@ from quantailor.export import layout, plugin
 from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
 from quantailor.models.prepare import FAKE_QUANT, PACKED, State, state_of
 from quantailor.nn.packed import PackedWeight, packed
+from quantailor.numerics.grids import can_be_negative
 from quantailor.recipe import Entry, Inventory
 from quantailor.spec import Scheme, from_json, to_json
 from quantailor.store.jsonio import read_json, write_json
@@ -88,12 +89,7 @@ def write_folder(
     state = state_of(model)
     assert state is not None, "prepare or load the model first"
     chosen, why = choose_format(state.inventory, format)
-    tensors, own = _tensors(model, state, chosen)
-    bad = next((n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
-    if bad is not None:
-        raise QuantailorError(
-            f"{bad} holds NaN or Inf after quantization; nothing was saved: start again from the float model"
-        )
+    tensors, own = stored_tensors(model, state, chosen)
     config, state_dict = model.config, {k: v.contiguous() for k, v in tensors.items()}
     quantizer, model.hf_quantizer = getattr(model, "hf_quantizer", None), None  # type: ignore[assignment]
     stored = getattr(config, "quantization_config", None)
@@ -105,13 +101,30 @@ def write_folder(
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         if stored is not None:
             config.quantization_config = stored
-    _write_config(folder, chosen, state, own)
+    write_config(folder, chosen, state, own)
+    logits = last_logits(model, probe) if probe is not None else None
+    write_rest(folder, tokenizer, state, chosen, why, digests(model), probe, logits, details)
+    return chosen
+
+
+def write_rest(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    state: State,
+    chosen: layout.Format,
+    why: str,
+    held: Digests,
+    probe: Mapping[str, Tensor] | None,
+    logits: Tensor | None,
+    details: dict[str, Any] | None,
+) -> None:
+    """What lies beside the weights: tokenizer, probe with its `logits`, receipt, and the manifest last.
+
+    `held`: the digests of the simulated model's layers.
+    """
     tokenizer.save_pretrained(folder)
-    if probe is not None:
-        save_file(
-            {**{f"input.{k}": v.contiguous() for k, v in probe.items()}, "logits": last_logits(model, probe)},
-            folder / PARITY,
-        )
+    if probe is not None and logits is not None:
+        save_file({**{f"input.{k}": v.contiguous() for k, v in probe.items()}, "logits": logits}, folder / PARITY)
     write_json(
         folder / RECEIPT,
         {
@@ -125,14 +138,13 @@ def write_folder(
                 {**entry.to_json(), "spec": to_json(entry.scheme) if entry.scheme else None, **_report(state, entry)}
                 for entry in state.inventory
             ],
-            "digests": digests(model),
+            "digests": held,
             "details": details or {},
         },
     )
     write_manifest(
         folder, kind="quantized model", details={"scheme": str(state.scheme), "format": chosen, "method": state.method}
     )
-    return chosen
 
 
 def _report(state: State, entry: Entry) -> dict[str, Any]:
@@ -146,24 +158,37 @@ def last_logits(model: nn.Module, probe: Mapping[str, Tensor], positions: int = 
     was_training = model.training
     model.eval()
     device = next(iter(model.buffers())).device
-    logits = model(**{k: v.to(device) for k, v in probe.items()}).logits.float().cpu()
+    logits = model(**{k: v.to(device) for k, v in probe.items()}).logits
     model.train(was_training)
+    return last_of(logits, positions)
+
+
+def last_of(logits: Tensor, positions: int = 4) -> Tensor:
+    """Logits [B, T, V] or [B, classes] -> float32, the last few positions."""
+    logits = logits.float().cpu()
     return (logits[:, -positions:] if logits.dim() == 3 else logits).contiguous()
 
 
-def _tensors(model: nn.Module, state: State, chosen: layout.Format) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that is stored, by its name on disk, and what our own config says of shapes, biases and kernels."""
+def stored_tensors(
+    root: nn.Module, state: State, chosen: layout.Format, name: str = "", stores: dict[int, PackedWeight] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that is stored of `root`, the model or its module called `name`, by names on disk; and what our own config
+    says of shapes, biases and kernels. `stores` remembers packed weights that tied layers share.
+
+    Raises: QuantailorError where a static activation scale was never calibrated, or a tensor is no longer finite.
+    """
     result: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, int]] = {}
     biases: set[str] = set()
     conv: dict[str, dict[str, Any]] = {}
-    stores: dict[int, PackedWeight] = {}
-    names = [name for name, module in model.named_modules() if isinstance(module, FAKE_QUANT + PACKED)]
-    for name in names:
-        module = model.get_submodule(name)
+    stores = {} if stores is None else stores
+    tied_to = {entry.name: entry.tied_to for entry in state.inventory}
+    found = [(_joined(name, n), n) for n, module in root.named_modules() if isinstance(module, FAKE_QUANT + PACKED)]
+    for full, inner in found:
+        module = root.get_submodule(inner)
         twin: Any
         if isinstance(module, FAKE_QUANT):
-            _check_calibrated(name, module)
+            _check_calibrated(full, module)
             key = id(module.weight_quantizer)
             twin = packed(module, stores.get(key))
         else:
@@ -171,25 +196,34 @@ def _tensors(model: nn.Module, state: State, chosen: layout.Format) -> tuple[dic
             key = id(twin.packed)
         first = key not in stores
         stores[key] = twin.packed
-        shapes[name] = (twin.packed.out_features, twin.packed.in_features)
+        shapes[full] = (twin.packed.out_features, twin.packed.in_features)
         if hasattr(twin, "settings"):
-            conv[name] = twin.settings
+            conv[full] = twin.settings
         if twin.bias is not None:
-            biases.add(name)
-            result[f"{name}.bias"] = twin.bias
+            biases.add(full)
+            result[f"{full}.bias"] = twin.bias
         buffers = dict(twin.packed.named_buffers())
         if chosen == "compressed-tensors":
-            scheme = state.inventory.quantized[name]
-            result |= layout.to_compressed_tensors(name, buffers, scheme, twin.packed.in_features)
+            scheme = state.inventory.quantized[full]
+            result |= layout.to_compressed_tensors(full, buffers, scheme, twin.packed.in_features)
             continue
-        if first or next(e for e in state.inventory if e.name == name).tied_to is None:
-            result |= {f"{name}.packed.{k}": v for k, v in buffers.items()}
-        result |= {f"{name}.{k}": getattr(twin, k) for k in ("input_scale", "output_scale") if hasattr(twin, k)}
-    inside = tuple(f"{name}." for name in names)
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(inside):
-            result[name] = tensor
+        if first or tied_to[full] is None:
+            result |= {f"{full}.packed.{k}": v for k, v in buffers.items()}
+        result |= {f"{full}.{k}": getattr(twin, k) for k in ("input_scale", "output_scale") if hasattr(twin, k)}
+    inside = tuple(f"{full}." for full, _ in found)
+    for key_, tensor in root.state_dict(prefix=f"{name}." if name else "").items():
+        if not key_.startswith(inside):
+            result[key_] = tensor
+    bad = next((n for n, t in result.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+    if bad is not None:
+        raise QuantailorError(
+            f"{bad} holds NaN or Inf after quantization; nothing was saved: start again from the float model"
+        )
     return result, {"shapes": shapes, "bias": biases, "conv": conv}
+
+
+def _joined(prefix: str, name: str) -> str:
+    return ".".join(filter(None, (prefix, name)))
 
 
 def _check_calibrated(name: str, module: Any) -> None:
@@ -201,7 +235,8 @@ def _check_calibrated(name: str, module: Any) -> None:
             )
 
 
-def _write_config(folder: Path, chosen: layout.Format, state: State, own: dict[str, Any]) -> None:
+def write_config(folder: Path, chosen: layout.Format, state: State, own: dict[str, Any]) -> None:
+    """Put what was quantized into the config.json that lies there; our own layout renames the weights as well."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     if chosen == "compressed-tensors":
@@ -412,13 +447,14 @@ _DTYPES = {
     "input_scale": torch.float32,
     "output_scale": torch.float32,
 }
-_POSITIVE = ("packed.scale", "packed.scale_second", "input_scale", "output_scale")
+_POSITIVE = ("packed.scale_second", "input_scale", "output_scale")
 
 
 def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tensor]) -> None:
-    """Types are those that are written, scales positive, zero points on their grid. Finiteness was checked before."""
+    """Types are those that are written, scales as their grid has them, zero points on it. All are finite already."""
     for layer, settings in quantization.layers.items():
-        bits = from_json(quantization.schemes[settings["scheme"]]).weight.grid.bits
+        spec = from_json(quantization.schemes[settings["scheme"]]).weight
+        bits = spec.grid.bits
         for part, dtype in _DTYPES.items():
             name = f"{layer}.{part}"
             tensor = tensors.get(name)
@@ -429,6 +465,12 @@ def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tenso
             if part in _POSITIVE and not bool((tensor > 0).all()):
                 raise UntrustedInput(
                     f"scale {name} holds {float(tensor.min()):.3g}; a scale is positive: use a sound copy"
+                )
+            if part == "packed.scale" and not bool(
+                ((tensor != 0) if can_be_negative(spec.grid) else (tensor > 0)).all()
+            ):
+                raise UntrustedInput(
+                    f"scale {name} holds {float(tensor.min()):.3g}, which its grid cannot have; use a sound copy"
                 )
             if part == "packed.zero_point" and int(tensor.max()) >= 2**bits:
                 raise UntrustedInput(

@@ -48,6 +48,10 @@ def _unsayable(scheme: Scheme, length: int) -> str | None:
         return "its scale is per tensor"
     if isinstance(weight.granularity, PerGroup) and length % weight.granularity.size:
         return f"groups of {weight.granularity.size} leave a shorter last one of {length} inputs"
+    if activations is not None and activations.outliers is not None:
+        return "LLM.int8 keeps outlier columns of its inputs in float"
+    if activations is not None and activations.group_size is not None:
+        return f"its activations have a scale for each group of {activations.group_size}"
     if activations is not None and not (_is_plain_int8(activations) and grid.bits == 8 and weight.group_size is None):
         return "only 8-bit channel weights go with activations, and those must be 8-bit per token"
     return None

@@ -1,31 +1,37 @@
 """A model folder on disk becomes a model in memory, or one clear line that says why not.
 
 The folder is scanned before transformers sees it, weights are looked over for NaN, and loading is strict: a missing
-or unexpected tensor is an error, except for the head that a bare encoder is about to be given.
+or unexpected tensor is an error, except for the head that a bare encoder is about to be given. A `Skeleton` is a model
+whose weights stay on disk until a part of it is asked for.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from quantailor.errors import UntrustedInput, UsageError
-from quantailor.store.untrusted import check_finite, scan_model_folder
+from quantailor.store.header import TensorFact
+from quantailor.store.tensors import DTYPES, read_tensor
+from quantailor.store.untrusted import ModelFiles, check_finite, scan_model_folder
 
 Task = Literal["lm", "classification"]
 _CLASSES = {"lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
@@ -65,6 +71,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UntrustedInput(f"{folder} has no tokenizer that loads ({first}); save it beside the model") from error
 
 
+class NotInParts(Exception):
+    """This model cannot be worked on a part at a time, for the reason given; whole in memory it may do."""
+
+
 def load_float(folder: Path, task: Task | None = None, num_labels: int | None = None) -> Loaded:
     """Load a float model folder.
 
@@ -72,6 +82,19 @@ def load_float(folder: Path, task: Task | None = None, num_labels: int | None = 
     Raises: UntrustedInput for a folder that cannot be trusted or does not hold a whole model, UsageError where the
     model already is quantized or does not fit the task.
     """
+    files, chosen, is_bare = _checked(folder, task)
+    if chosen is None:
+        raise UsageError(
+            f"{folder} is a bare encoder without a head; fine-tune it first: "
+            f"quantailor train {folder} --scheme float --data TRAIN.jsonl --out DIR"
+        )
+    shapes = {name: fact.shape for name, fact in files.tensors.items()}
+    model, notes = _from_pretrained(folder, chosen, shapes, new_head=is_bare, num_labels=num_labels)
+    return Loaded(model, load_tokenizer(folder), chosen, notes)
+
+
+def _checked(folder: Path, task: Task | None) -> tuple[ModelFiles, Task | None, bool]:
+    """A float folder's files, what the model is for, and whether it is a bare encoder, which says nothing of that."""
     quiet_transformers()
     files = scan_model_folder(folder)
     if (quantization := files.config.get("quantization_config")) is not None:
@@ -81,15 +104,117 @@ def load_float(folder: Path, task: Task | None = None, num_labels: int | None = 
     if own_task is not None and task is not None and own_task != task:
         raise UsageError(f"{folder} is made for {own_task}, not for {task}; use data of that kind")
     check_finite(files)
-    chosen = own_task or task
-    if chosen is None:
-        raise UsageError(
-            f"{folder} is a bare encoder without a head; fine-tune it first: "
-            f"quantailor train {folder} --scheme float --data TRAIN.jsonl --out DIR"
-        )
-    shapes = {name: fact.shape for name, fact in files.tensors.items()}
-    model, notes = _from_pretrained(folder, chosen, shapes, new_head=own_task is None, num_labels=num_labels)
-    return Loaded(model, load_tokenizer(folder), chosen, notes)
+    return files, own_task or task, own_task is None
+
+
+class Skeleton:
+    """A float model folder as a model whose tensors are on torch's `meta` device until `load` brings some in.
+
+    `facts` says of every tensor of the model, by each name it has, where it lies on disk; tied ones lie in one place.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, facts: dict[str, TensorFact]
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.facts = model, tokenizer, task, facts
+        self.dtype: torch.dtype = model.dtype
+        self._shared: weakref.WeakValueDictionary[tuple[Path, int], nn.Parameter] = weakref.WeakValueDictionary()
+
+    @torch.no_grad()
+    def load(self, module: nn.Module, name: str, *, deep: bool = True, device: torch.device | None = None) -> None:
+        """Read the tensors of the module called `name` that are not there yet; `deep`: those of its children as well.
+
+        In the model's own type, as `load_float` has them; tied parameters are one object while one of them is there.
+        """
+        for child_name, child in list(module.named_modules()) if deep else [("", module)]:
+            prefix = ".".join(filter(None, (name, child_name)))
+            self._compute_buffers(child, device)
+            for own, parameter in child._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    child._parameters[own] = self._parameter(f"{prefix}.{own}", parameter, device)
+            for own, buffer in child._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    child._buffers[own] = self.read(f"{prefix}.{own}").to(device, buffer.dtype)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as it lies on disk."""
+        return read_tensor(self.facts[name])
+
+    def _parameter(self, name: str, meta: nn.Parameter, device: torch.device | None) -> nn.Parameter:
+        fact = self.facts[name]
+        found = self._shared.get((fact.file, fact.start))
+        if found is None:
+            found = nn.Parameter(read_tensor(fact).to(device, meta.dtype), requires_grad=meta.requires_grad)
+            self._shared[(fact.file, fact.start)] = found
+        return found
+
+    def _compute_buffers(self, module: nn.Module, device: torch.device | None) -> None:
+        """What is in no file, such as the frequencies of rotary positions: as transformers itself makes it anew."""
+        names = [
+            n for n in module._non_persistent_buffers_set if (b := module._buffers.get(n)) is not None and b.is_meta
+        ]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # type: ignore[arg-type]
+        if names:
+            self.model._init_weights(module)  # its parameters are still on meta, where nothing is drawn
+        for name in names:
+            module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]
+
+
+def free(module: nn.Module) -> None:
+    """Let go of all tensors of a module; shapes and types stay."""
+    module.to("meta")
+
+
+def open_skeleton(folder: Path) -> Skeleton:
+    """A float model folder, checked as `load_float` checks it, without its weights.
+
+    Raises: UntrustedInput and UsageError as `load_float`; NotInParts where its tensors are not, one for one, those of
+    the model: transformers then converts them, and only a whole load does that.
+    """
+    files, task, is_bare = _checked(folder, None)
+    if task is None or is_bare:
+        raise NotInParts("it has no head")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        dtype = torch.float32 if config.dtype is None else config.dtype
+        with torch.device("meta"):
+            model = _CLASSES[task].from_config(config, dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise NotInParts(f"its architecture cannot be made without its weights ({type(error).__name__})") from error
+    if model._get_dtype_plan(dtype):
+        raise NotInParts("parts of it stay in float32 whatever the type of the others")
+    if model.can_generate():
+        with suppress(OSError):  # without the file: what config.json says
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    check_shapes(folder, model, {name: fact.shape for name, fact in files.tensors.items()})
+    facts = _facts_of(model, files.tensors)
+    return Skeleton(model.eval(), load_tokenizer(folder), task, facts)
+
+
+def _facts_of(model: PreTrainedModel, stored: Mapping[str, TensorFact]) -> dict[str, TensorFact]:
+    """Where each tensor of the model lies, by name. Raises: NotInParts unless names and shapes fit one to one."""
+    base = getattr(model, "base_model_prefix", "")
+    by_tensor: dict[int, list[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+        shapes[name] = tuple(tensor.shape)
+    facts: dict[str, TensorFact] = {}
+    used = set()
+    for names in by_tensor.values():
+        short = {name: name.removeprefix(f"{base}.") for name in names}
+        found = [key for name in names for key in dict.fromkeys((name, short[name])) if key in stored]
+        if len(found) != 1:
+            what = "twice" if found else "under no name of the model's own"
+            raise NotInParts(f"its files have {names[0]} {what}")
+        if stored[found[0]].shape != shapes[names[0]] or stored[found[0]].dtype not in DTYPES:
+            raise NotInParts(f"its files have {names[0]} in another form")
+        used.add(found[0])
+        facts |= dict.fromkeys(names, stored[found[0]])
+    if rest := sorted(set(stored) - used):
+        raise NotInParts(f"its files have {rest[0]}, which the model does not")
+    return facts
 
 
 def _from_pretrained(

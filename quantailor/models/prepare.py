@@ -6,6 +6,7 @@ Weights that were tied stay tied: two layers that share a parameter share its qu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from quantailor.nn.fake_quant import FakeQuant, fake_quantized
 from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantEmbedding, QuantLinear, packed
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.observers.weights import weight_scale
-from quantailor.recipe import Inventory, Recipe
+from quantailor.recipe import Entry, Inventory, Recipe, in_features
 from quantailor.spec import Scheme
 
 FAKE_QUANT = get_args(FakeQuant)
@@ -48,9 +49,27 @@ def prepare(model: nn.Module, recipe: Recipe) -> State:
 
     Raises: UsageError as `Recipe.assign` does; UntrustedInput where a weight holds NaN or Inf, naming its layer.
     """
+    state = planned(model, recipe)
+    prepare_layers(model, state.inventory.quantized)
+    model.quantailor_state = state  # type: ignore[assignment]
+    return state
+
+
+def planned(model: nn.Module, recipe: Recipe) -> State:
+    """What `prepare` will do, from names and shapes alone. Raises: UsageError as `Recipe.assign` does."""
     inventory = recipe.assign(model)
+    state = State(recipe.scheme, inventory)
+    if ragged := [e.name for e in inventory if e.scheme is not None and _is_ragged(e)]:
+        state.notes.append(
+            f"{len(ragged)} layers have a shorter last group (input size no multiple of the group): {_some(ragged)}"
+        )
+    return state
+
+
+def prepare_layers(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Put the fake-quantized twins in place for these layers of `model`, whose weights must be there."""
     quantizers: dict[int, WeightQuantizer] = {}
-    for name, scheme in inventory.quantized.items():
+    for name, scheme in schemes.items():
         twin = fake_quantized(model.get_submodule(name), scheme)
         if twin.weight_quantizer is not None:
             shared = quantizers.setdefault(id(twin.weight), twin.weight_quantizer)
@@ -61,20 +80,11 @@ def prepare(model: nn.Module, recipe: Recipe) -> State:
                     raise UntrustedInput(f"{name}: {error}") from error
             twin.weight_quantizer = shared
         replace(model, name, twin)
-    state = State(recipe.scheme, inventory)
-    if ragged := [
-        name for name, scheme in inventory.quantized.items() if _is_ragged(model.get_submodule(name), scheme)
-    ]:
-        state.notes.append(
-            f"{len(ragged)} layers have a shorter last group (input size no multiple of the group): {_some(ragged)}"
-        )
-    model.quantailor_state = state  # type: ignore[assignment]
-    return state
 
 
-def _is_ragged(module: Any, scheme: Scheme) -> bool:
-    size = scheme.weight.group_size if scheme.weight else None
-    return size is not None and bool(module.weight_ON.shape[1] % size)
+def _is_ragged(entry: Entry) -> bool:
+    size = entry.scheme.weight.group_size if entry.scheme and entry.scheme.weight else None
+    return size is not None and bool(in_features(entry.kind, entry.shape) % size)
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -1,4 +1,10 @@
-"""The grid of one activation: scaled by each token at each call, or static and learnable after calibration."""
+"""The grid of one activation: scaled by each token at each call, or static and learnable after calibration.
+
+LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339, section 3.2): input columns in which any row of a call holds a
+magnitude at or above the threshold are not quantized; the others get a scale a token that these columns no longer
+stretch. As in the paper and in bitsandbytes the choice is the whole call's: a row's result depends on the rows that it
+is computed with, padding included; a batch of one may take fewer columns out, and generation chooses anew each token.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from quantailor.errors import UsageError
+from quantailor.kernels.ops import IntegerInput
 from quantailor.numerics import affine
 from quantailor.numerics.affine import checked_scale
 from quantailor.numerics.lsq import gradient_scale, lsq
 from quantailor.numerics.sign import fake_quantize_sign, quantize_sign
 from quantailor.observers.ranges import Observer, make_observer
-from quantailor.spec import Binary, Int, PerTensor, PerToken, QuantSpec
+from quantailor.spec import Binary, Int, PerGroup, PerTensor, PerToken, QuantSpec
 
 
 class ActivationQuantizer(nn.Module):
@@ -23,13 +30,15 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, spec: QuantSpec, device: torch.device | None = None) -> None:
         super().__init__()
-        dynamic_ok = spec.dynamic and isinstance(spec.granularity, PerToken) and isinstance(spec.grid, Int | Binary)
+        per_token = isinstance(spec.granularity, PerToken) and isinstance(spec.grid, Int | Binary)
+        per_group = isinstance(spec.granularity, PerGroup) and isinstance(spec.grid, Int)
+        dynamic_ok = spec.dynamic and (per_token or per_group)
         static_ok = not spec.dynamic and isinstance(spec.granularity, PerTensor) and isinstance(spec.grid, Int)
         symmetric = not isinstance(spec.grid, Int) or spec.grid.symmetric
         if not (dynamic_ok or static_ok) or not symmetric:
             raise UsageError(
                 f"activations cannot be {spec.grid} {spec.granularity}; use a symmetric integer grid, "
-                "per token (dynamic) or per tensor (static)"
+                "per token or group (dynamic) or per tensor (static)"
             )
         self.spec = spec
         self.enabled = True
@@ -57,7 +66,7 @@ class ActivationQuantizer(nn.Module):
     def start_calibration(self) -> None:
         """From now on `forward` observes and passes floats through. Does nothing where scales are dynamic."""
         if not self.spec.dynamic and isinstance(self.spec.grid, Int):
-            self.observer = make_observer(self.spec.range, self.spec.grid)
+            self.observer = make_observer(self.spec.range, self.spec.grid, self.spec.percentile)
 
     def finish_calibration(self) -> None:
         """Set the scale from what was seen. Raises: UntrustedInput if that was nothing, or not finite."""
@@ -76,25 +85,33 @@ class ActivationQuantizer(nn.Module):
             return fake_quantize_sign(x)
         assert isinstance(self.spec.grid, Int)
         qmin, qmax = self.spec.grid.qmin, self.spec.grid.qmax
-        if self.spec.dynamic:
+        if self.spec.dynamic and self.spec.outliers is None and self.spec.group_size is None:
             return affine.fake_quantize_dynamic(x, qmin, qmax)
+        if self.spec.dynamic:
+            return affine.straight_through(x, self.integers(x).dequantize().to(x.dtype))
         g = gradient_scale(x.shape[-1], qmax)  # n of a layer's activations is its features (LSQ, section 2.2)
         return lsq(x.float(), self.scale, 0, qmin, qmax, g=g).to(x.dtype)
 
     @torch.no_grad()
-    def integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """int8 [..., N] and the scale, [..., 1] or [1]: what the integer product takes."""
+    def integers(self, x: Tensor) -> IntegerInput:
+        """What the integer product takes, of `x` [..., N]."""
         return quantize_activation(x, self.spec, None if self.spec.dynamic else self.scale)
 
 
-def quantize_activation(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> IntegerInput:
     """The one place that turns an activation into integers, for the simulated and for the packed module.
 
-    Shapes: `x` [..., N]; `scale` [1] if static, None if found from `x`. Returns int8 [..., N], scale [..., 1] or [1].
+    Shapes: `x` [..., N]; `scale` [1] if static, None if found from `x`.
     """
     if isinstance(spec.grid, Binary):
-        return quantize_sign(x)
+        return IntegerInput(*quantize_sign(x))
     assert isinstance(spec.grid, Int)
-    if scale is None:
-        return affine.quantize_dynamic(x, spec.grid.qmin, spec.grid.qmax)
-    return affine.quantize(x.float(), scale, 0, spec.grid.qmin, spec.grid.qmax), scale
+    qmin, qmax = spec.grid.qmin, spec.grid.qmax
+    if scale is not None:
+        return IntegerInput(affine.quantize(x.float(), scale, 0, qmin, qmax), scale)
+    if spec.outliers is None:
+        return IntegerInput(*affine.quantize_dynamic(x, qmin, qmax, spec.group_size), spec.group_size)
+    values = x.detach().float()
+    columns = affine.outlier_columns(values, spec.outliers)
+    q, scale = affine.quantize_dynamic(values.index_fill(-1, columns, 0.0), qmin, qmax)
+    return IntegerInput(q, scale, None, columns, values.index_select(-1, columns))

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantailor.errors import UsageError
 from quantailor.kernels.ops import has_integer_product
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.int_forward import integer_forward
 from quantailor.nn.weight_quantizer import WeightQuantizer
-from quantailor.spec import QuantSpec, Scheme
+from quantailor.spec import QuantSpec, Scheme, why_not_convolution
 
 
 def _activation(spec: QuantSpec | None, like: Tensor) -> ActivationQuantizer | None:
@@ -85,9 +86,8 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         if not self._on_integers:
             return self._out(F.linear(x_hat, w_hat.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
         assert self.input_quantizer is not None and self.weight_quantizer is not None
-        x_q, x_scale = self.input_quantizer.integers(x)
         weight = self.weight_quantizer.integer_weight(self.weight)
-        return self._out(integer_forward(x_hat, w_hat, self.bias, x_q, x_scale, weight))
+        return self._out(integer_forward(x_hat, w_hat, self.bias, self.input_quantizer.integers(x), weight))
 
     @property
     def _on_integers(self) -> bool:
@@ -99,10 +99,15 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
 
 
 class FakeQuantConv2d(_FakeQuant, nn.Conv2d):
-    """A convolution on the grid; a "token" of its input is one image, so dynamic scales are per image."""
+    """A convolution on the grid; a "token" of its input is one image, so dynamic scales are per image.
+
+    Raises: UsageError for inputs in groups or with outlier columns: a run of a flattened image is no group of inputs.
+    """
 
     def __init__(self, source: nn.Conv2d, scheme: Scheme) -> None:
         nn.Module.__init__(self)
+        if reason := why_not_convolution(scheme):
+            raise UsageError(reason)
         for name in (
             "in_channels",
             "out_channels",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantailor.kernels.ops import IntegerWeight, has_integer_product, int_linear
+from quantailor.kernels.ops import IntegerInput, IntegerWeight, has_integer_product, int_linear
 from quantailor.nn.activation_quantizer import quantize_activation
 from quantailor.nn.fake_quant import FakeQuant, FakeQuantConv2d, FakeQuantEmbedding, FakeQuantLinear
 from quantailor.nn.weight_quantizer import WeightQuantizer
@@ -137,15 +137,14 @@ class _Quant(nn.Module):
             if spec is not None and not spec.dynamic:
                 self.register_buffer(name, torch.ones(1, device=packed.scales().device))
 
-    def _quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize_input(self, x: Tensor) -> IntegerInput:
         assert self.scheme.input is not None
         return quantize_activation(x, self.scheme.input, getattr(self, "input_scale", None))
 
     def _out(self, y: Tensor) -> Tensor:
         if self.scheme.output is None:
             return y
-        q, scale = quantize_activation(y, self.scheme.output, getattr(self, "output_scale", None))
-        return (q * scale).to(y.dtype)
+        return quantize_activation(y, self.scheme.output, getattr(self, "output_scale", None)).dequantize().to(y.dtype)
 
     def extra_repr(self) -> str:
         return str(self.scheme)
@@ -171,13 +170,13 @@ class QuantLinear(_Quant):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.scheme.input is None:
             return self._out(F.linear(x, self.packed.dequantize().to(x.dtype), bias))
-        x_q, x_scale = self._quantize_input(x)
+        x_int = self._quantize_input(x)
         if not has_integer_product(self.packed.spec.grid):
-            return self._out(F.linear((x_q * x_scale).to(x.dtype), self.packed.dequantize().to(x.dtype), bias))
+            return self._out(F.linear(x_int.dequantize().to(x.dtype), self.packed.dequantize().to(x.dtype), bias))
         grid = IntegerWeight(
             self.packed.integers(), self.packed.scales(), self.packed.shift(), self.packed.spec.group_size
         )
-        return self._out(int_linear(x_q, x_scale, grid, self.bias).to(x.dtype))
+        return self._out(int_linear(x_int, grid, self.bias).to(x.dtype))
 
 
 class QuantEmbedding(_Quant):
@@ -206,8 +205,7 @@ class QuantConv2d(_Quant):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme.input is not None:
-            q, scale = self._quantize_input(x.flatten(-3))
-            x = (q * scale).to(x.dtype).view_as(x)
+            x = self._quantize_input(x.flatten(-3)).dequantize().to(x.dtype).view_as(x)
         s = self.settings
         weight = self.packed.dequantize().to(x.dtype).reshape(s["shape"])
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -21,7 +21,7 @@ from quantailor.spec import NF4, Int, PerTensor, QuantSpec
 class WeightQuantizer(nn.Module):
     """Fake-quantizes a weight [O, N].
 
-    scale = base_scale * exp(log_scale): positive by construction, relative to where calibration put it, and exactly
+    scale = base_scale * exp(log_scale): its sign is fixed by calibration, it never reaches 0, and it is exactly
     `base_scale` until training moves it. Parameter `log_scale`, buffers `base_scale`, `zero_point`: [O, G, 1]
     ([1, 1, 1] per tensor). They start at 1 and 0: `set_scale` comes before the first use.
     """
@@ -57,21 +57,21 @@ class WeightQuantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """[O, G, 1], positive."""
+        """[O, G, 1], not 0; negative where calibration turned the grid around."""
         return self.base_scale * self.log_scale.exp()
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, zero_point: Tensor) -> None:
         """Put the grid here. With double quantization the scales are rounded to what their 8 bits can hold.
 
-        Raises: ValueError unless every scale is finite and positive and shapes are those of the buffers.
+        Raises: ValueError unless every scale is finite and one this grid can have, and shapes are those of the buffers.
         """
         if scale.shape != self.base_scale.shape:
             raise ValueError(f"scale has shape {list(scale.shape)}; this weight needs {list(self.base_scale.shape)}")
         if isinstance(self.spec.grid, NF4) and self.spec.grid.double_quant:
             self.set_double(*nf4.double_quantize(scale.squeeze(-1)))
             return
-        self.base_scale.copy_(checked_scale(scale))
+        self.base_scale.copy_(checked_scale(scale, signed=grids.can_be_negative(self.spec.grid)))
         self.zero_point.copy_(zero_point)
         self.log_scale.zero_()
 

@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from quantailor.numerics.grouping import from_groups, to_groups
 
-def checked_scale(scale: Tensor) -> Tensor:
+
+def checked_scale(scale: Tensor, *, signed: bool = False) -> Tensor:
     """`scale`, unchanged. Called once where a scale is made, never in a loop: on a GPU the look costs a sync.
 
-    Raises: ValueError unless every element is finite and positive.
+    `signed`: a weight's, which may be negative: on a symmetric grid that turns the longer side to the positive weights.
+    Raises: ValueError unless every element is finite and positive (`signed`: not 0).
     """
-    if not (torch.isfinite(scale) & (scale > 0)).all():
+    sound = (scale != 0) if signed else (scale > 0)
+    if not (torch.isfinite(scale) & sound).all():
+        if signed:
+            raise ValueError(f"scale must be finite and not 0; its smallest magnitude is {scale.abs().min():.3g}")
         raise ValueError(f"scale must be finite and positive; its minimum is {scale.min():.3g}")
     return scale
 
@@ -88,16 +94,25 @@ def scale_zero_point(low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric:
 
 
 def quantize_dynamic(x: Tensor, qmin: int, qmax: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Symmetric per-token quantization with a scale found from `x` itself.
+    """Symmetric quantization with a scale found from `x` itself, one a token or one a group of a token's elements.
 
-    Shapes: `x` [..., N]. Returns q int8 [..., N] and scale [..., 1] (float32, units of `x`). The scale is that of
-    `scale_zero_point`; the largest element may be clipped by half a step, never by more.
+    Shapes: `x` [..., N]. Returns q int8 [..., N] and scale [..., G] (float32, units of `x`; G = 1 without groups, else
+    ceil(N / group_size)). The scale is that of `scale_zero_point`; the largest element may be clipped by half a step,
+    never by more.
     """
-    if group_size is not None:
-        raise ValueError(f"group_size={group_size}: dynamic activations are per token; use group_size=None")
-    largest = x.detach().abs().amax(-1, keepdim=True).float()
+    groups = to_groups(x, group_size)
+    largest = groups.detach().abs().amax(-1, keepdim=True).float()
     scale, _ = scale_zero_point(-largest, largest, qmin, qmax, symmetric=True)
-    return torch.round(x.float() / scale).clamp(qmin, qmax).to(torch.int8), scale
+    q = torch.round(groups.float() / scale).clamp(qmin, qmax).to(torch.int8)
+    return from_groups(q, x.shape[-1]), scale.squeeze(-1)
+
+
+def outlier_columns(x: Tensor, threshold: float) -> Tensor:
+    """Indices [K], rising, of the columns of `x` [..., N] in which any row holds a magnitude of `threshold` or more.
+
+    Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.2, the set O.
+    """
+    return (x.detach().float().abs() >= threshold).reshape(-1, x.shape[-1]).any(0).nonzero().squeeze(1)
 
 
 class _DynamicSTE(torch.autograd.Function):
@@ -117,3 +132,18 @@ class _DynamicSTE(torch.autograd.Function):
 def fake_quantize_dynamic(x: Tensor, qmin: int, qmax: int) -> Tensor:
     """`quantize_dynamic` and back, in one, with an identity gradient. Shapes: `x` [..., N], returns the same."""
     return _DynamicSTE.apply(x, qmin, qmax)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, x_hat: Tensor) -> Tensor:
+        return x_hat.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def straight_through(x: Tensor, x_hat: Tensor) -> Tensor:
+    """The value `x_hat` with the gradient of `x`, to the last bit of both. Shapes: both [*]."""
+    return _StraightThrough.apply(x, x_hat)

@@ -64,6 +64,11 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, grid: Grid
     return lsq(x, scale, zero_point, qmin, qmax, g=g, offset=offset, stretch=stretch)
 
 
+def can_be_negative(grid: Grid) -> bool:
+    """Whether a scale on this grid may be negative: where one side of 0 reaches noticeably further than the other."""
+    return isinstance(grid, Int) and grid.symmetric and not grid.narrow and grid.bits <= 4
+
+
 def lowest(grid: Grid) -> int:
     """What is added to an integer, negated, to store it unsigned: u = q - lowest(grid)."""
     return limits(grid)[0] if not (isinstance(grid, Int) and grid.symmetric) else -(2 ** (grid.bits - 1))

@@ -1,4 +1,12 @@
-"""First scales of a weight: min-max, or the clip ratio of least (importance-weighted) squared error.
+"""First scales of a weight: min-max, or a search for the least (importance-weighted) squared error.
+
+The search rounds to a few clipped ranges and fits to each the scale that serves its integers best,
+
+    u_j = Q(w_j / s) - z,    s* = sum_j h_j w_j u_j / sum_j h_j u_j^2,   error = sum_j h_j w_j^2 - s* sum_j h_j w_j u_j,
+
+keeps the best and repeats rounding and fit on it (Lloyd's alternation on an affine grid: no step raises the error).
+A symmetric grid has one level more below 0 than above it; at 4 bits and fewer the sign of the scale puts that level on
+the side that needs it ("full range"), so a scale may be negative.
 
 The importance h_j of input channel j is the mean of x_j^2 over the calibration rows, the diagonal of X^T X / rows:
 the error of the layer's *output* is sum_j h_j (w_j - w_hat_j)^2 as far as inputs are uncorrelated. Without data h = 1.
@@ -14,8 +22,9 @@ from quantailor.numerics import affine, grids
 from quantailor.numerics.grouping import to_groups
 from quantailor.spec import NF4, Balanced, Binary, Int, PerTensor, QuantSpec, Ternary
 
-# Ratios of the min-max range that are tried. At 2 bits the best one is often below a half, at 8 bits near 1.
-_RATIOS = tuple(1.0 - 0.0125 * i for i in range(64))
+_LOWEST_RATIO = {2: 0.3, 3: 0.4, 4: 0.5}  # of the min-max range: the narrowest that is tried
+_NUM_RATIOS = {2: 10, 3: 10, 4: 10}  # with 5 bits and more the error jumps from range to range: 40 of them, from 0.8
+_POLISH = 2  # more rounds of rounding and fit, on the best range
 _TINY = torch.finfo(torch.float32).tiny  # the scale of zeros on a grid without a level 0
 _CHUNK = 1 << 16  # weights searched at once
 
@@ -36,7 +45,7 @@ def weight_scale(weight_ON: Tensor, spec: QuantSpec, importance_N: Tensor | None
     w, h = to_groups(weight_ON, spec.group_size), to_groups(h_N[None], spec.group_size)
     count = to_groups(torch.ones_like(h_N)[None], spec.group_size).sum(-1, keepdim=True)  # padding is no element
     scale, zero_point = _search(w, h, count, spec)
-    return affine.checked_scale(scale).contiguous(), zero_point.contiguous()
+    return affine.checked_scale(scale, signed=True).contiguous(), zero_point.contiguous()
 
 
 def _search(w: Tensor, h: Tensor, count: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -58,17 +67,59 @@ def _search(w: Tensor, h: Tensor, count: Tensor, spec: QuantSpec) -> tuple[Tenso
     return scale, zero_point
 
 
+def ratios(grid: Int | Balanced) -> list[float]:
+    """The shares of the min-max range that are tried, the whole first."""
+    lowest, count = _LOWEST_RATIO.get(grid.bits, 0.8), _NUM_RATIOS.get(grid.bits, 40)
+    return [1 - (1 - lowest) * i / (count - 1) for i in range(count)]
+
+
 def _best(w: Tensor, h: Tensor, grid: Int | Balanced, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-    """The candidate of least error for each group; the first, largest range where several are alike."""
-    least = _error(w, h, scale, zero_point, grid)
-    for ratio in _RATIOS[1:]:
-        new_scale, new_zero_point = _candidate(w, grid, ratio)
-        error = _error(w, h, new_scale, new_zero_point, grid)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale = torch.where(better, new_scale, scale)
-        zero_point = torch.where(better, new_zero_point, zero_point)
-    return scale, zero_point
+    """The best found for each group; `scale`, `zero_point`, those of the whole range, where nothing is better."""
+    whole, whole_zero_point = scale, zero_point
+    fit, signs = _Fit(w, h, grid), (1, -1) if grids.can_be_negative(grid) else (1,)
+    most, scale = fit(scale, zero_point)
+    for ratio in ratios(grid):
+        for sign in signs:
+            if ratio == 1 and sign == 1:
+                continue  # the whole range, above
+            new_scale, new_zero_point = _candidate(w, grid, ratio)
+            explained, new_scale = fit(sign * new_scale, new_zero_point)
+            better = explained > most
+            most = torch.where(better, explained, most)
+            scale = torch.where(better, new_scale, scale)
+            zero_point = torch.where(better, new_zero_point, zero_point)
+    for _ in range(_POLISH):
+        scale = fit(scale, zero_point)[1]
+    better = _error(w, h, scale, zero_point, grid) < _error(w, h, whole, whole_zero_point, grid)
+    return torch.where(better, scale, whole), torch.where(better, zero_point, whole_zero_point)
+
+
+class _Fit:
+    """Rounds a chunk to a grid and fits the scale, in two buffers that are used again."""
+
+    def __init__(self, w: Tensor, h: Tensor, grid: Int | Balanced) -> None:
+        self.w, self.h, self.hw = w, h, h * w
+        self.u, self.product = torch.empty_like(w), torch.empty_like(w)
+        self.limits = grids.limits(grid)
+        self.symmetric = isinstance(grid, Balanced) or grid.symmetric
+
+    def __call__(self, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """(what of sum h w^2 the integers explain, the scale that serves them best), [O, G, 1] each."""
+        qmin, qmax, offset = self.limits
+        u = torch.mul(self.w, scale.reciprocal(), out=self.u)
+        if offset:
+            u.sub_(offset).round_().clamp_(qmin, qmax).add_(offset)
+        elif self.symmetric:
+            u.round_().clamp_(qmin, qmax)
+        else:
+            u.round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
+        top = torch.mul(u, self.hw, out=self.product).sum(-1, keepdim=True)
+        bottom = torch.mul(u, u, out=self.product).mul_(self.h).sum(-1, keepdim=True)
+        # A tiny divisor would make the fit infinite; scales of all-zero groups stay as they are.
+        sound = (bottom > _TINY) & (top.abs() > _TINY)
+        fitted = torch.where(sound, top / bottom, scale)
+        sound = sound & torch.isfinite(fitted) & torch.isfinite(fitted.reciprocal())
+        return torch.where(sound, top * fitted, torch.zeros_like(top)), torch.where(sound, fitted, scale)
 
 
 def _candidate(w: Tensor, grid: Int | Balanced, ratio: float) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from quantailor.errors import UsageError
-from quantailor.ptq.method import Before, Method, Refine, Solution
+from quantailor.ptq.method import Before, Finish, Method, OnBlock, OnModel, Refine, Solution
 from quantailor.ptq.rtn import RTN
 from quantailor.ptq.statistics import Statistics
 from quantailor.spec import QuantSpec
@@ -32,6 +32,11 @@ class Chain:
     @property
     def needs_hessian(self) -> bool:
         return any(getattr(part, "needs_hessian", False) for part in (*self.parts, self.solver))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot do all it is named for without calibration data."""
+        return self.needs_hessian or any(isinstance(p, OnModel | OnBlock | Refine | Finish) for p in self.parts)
 
     @property
     def needs_float_path(self) -> bool:

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from quantailor.numerics import grids
-from quantailor.numerics.grouping import per_element
 from quantailor.observers.weights import weight_scale
-from quantailor.ptq.gptq import GPTQ
+from quantailor.ptq.gptq import GPTQ, group_of
 from quantailor.ptq.method import Solution
 from quantailor.ptq.statistics import Statistics
 from quantailor.spec import Grid, QuantSpec
@@ -51,10 +50,7 @@ class Qronos:
             return _instead(weight_ON, statistics, spec, "its input in the float model is not known")
         scale, zero_point = weight_scale(weight_ON, spec, statistics.importance)
         length = weight_ON.shape[1]
-        scale_ON, zero_point_ON = (
-            per_element(t.squeeze(-1).expand(weight_ON.shape[0], -1), length, spec.group_size)
-            for t in (scale, zero_point)
-        )
+        group_N = group_of(length, spec.group_size)
         largest = (
             float(torch.linalg.matrix_norm(statistics.hessian, ord=2)) if length <= 512 else _power(statistics.hessian)
         )
@@ -64,10 +60,11 @@ class Qronos:
                     weight_ON.float(),
                     statistics.hessian,
                     statistics.cross,
-                    scale_ON,
-                    zero_point_ON,
+                    scale[..., 0],
+                    zero_point[..., 0],
                     spec.grid,
                     damp * largest,
+                    group_N,
                 )
             except torch.linalg.LinAlgError:
                 continue
@@ -81,14 +78,16 @@ class Qronos:
         weight_ON: Tensor,
         hessian_NN: Tensor,
         cross_NN: Tensor,
-        scale_ON: Tensor,
-        zero_point_ON: Tensor,
+        scale_OG: Tensor,
+        zero_point_OG: Tensor,
         grid: Grid,
         damp: float,
+        group_N: Tensor | None = None,
     ) -> Tensor:
         """Algorithm 1 with given scales; `damp` is what the diagonal is raised by. Returns integers [O, N].
 
-        Raises: LinAlgError if damped H is still singular. Works in the dtype of `hessian_NN`.
+        `group_N`: which of the G scales a column uses; None: each its own. Raises: LinAlgError if damped H is still
+        singular. Works in the dtype of `hessian_NN`.
         """
         order = torch.argsort(hessian_NN.diagonal(), descending=True, stable=True)
         hessian, cross = hessian_NN[order][:, order], cross_NN[order][:, order]
@@ -98,16 +97,18 @@ class Qronos:
         hessian = hessian + torch.diag(damp + unit)
         cross = cross + torch.diag(unit)
         w = weight_ON.to(hessian.dtype)[:, order]
-        scale, zero_point = scale_ON.to(hessian.dtype)[:, order], zero_point_ON[:, order]
+        scale, zero_point = scale_OG.to(hessian.dtype), zero_point_OG
+        groups = order if group_N is None else group_N.to(order.device)[order]
         target_ON = w @ cross.t()  # row n of it: G_n w
         first = (target_ON[:, 0] - w[:, 1:] @ hessian[0, 1:]) / hessian[0, 0]
-        q_first = grids.encode(first, scale[:, 0], zero_point[:, 0], grid)
-        rounded = grids.decode(q_first, scale[:, 0], zero_point[:, 0], grid)
+        its_scale, its_zero_point = scale[:, groups[0]], zero_point[:, groups[0]]
+        q_first = grids.encode(first, its_scale, its_zero_point, grid)
+        rounded = grids.decode(q_first, its_scale, its_zero_point, grid)
         right = target_ON[:, 1:] - torch.outer(rounded, hessian[1:, 0])
         rest = hessian[1:, 1:]
         w_rest = torch.cholesky_solve(right.t(), torch.linalg.cholesky(rest)).t()
         solver = GPTQ(block_size=self.block_size, act_order=False)
-        q_rest = solver.round(w_rest, rest, scale[:, 1:], zero_point[:, 1:], grid, damp=0.0)
+        q_rest = solver.round(w_rest, rest, scale, zero_point, grid, damp=0.0, group_N=groups[1:])
         q = torch.empty(w.shape, dtype=q_rest.dtype, device=w.device)
         q[:, order] = torch.cat([q_first[:, None], q_rest], dim=1)
         return q

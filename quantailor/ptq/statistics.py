@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantailor.errors import UntrustedInput
 from quantailor.observers.ranges import rows_that_count
+from quantailor.ptq import distributed
 
 
 @dataclass
@@ -26,13 +27,15 @@ class Statistics:
     num_rows: int = 0
     rejected: int = 0
     batches: int = 0
+    exact: Tensor | None = None  # `diagonal` in float64: the scales chosen by it then depend on no order of batches
 
     @staticmethod
     def empty(in_features: int, full: bool, device: torch.device, crossed: bool = False) -> Statistics:
         hessian, cross = (
             torch.zeros(in_features, in_features, device=device) if wanted else None for wanted in (full, crossed)
         )
-        return Statistics(torch.zeros(in_features, device=device), hessian, cross)
+        exact = torch.zeros(in_features, dtype=torch.float64, device=device)
+        return Statistics(exact.float(), hessian, cross, exact=exact)
 
     def add(self, x_TN: Tensor, float_TN: Tensor | None = None) -> None:
         """Fold rows in; `float_TN`: the same rows in the float model. A batch that is not finite is only counted."""
@@ -42,11 +45,30 @@ class Statistics:
             self.rejected += 1
             return
         self.num_rows += x.shape[0]
-        self.diagonal += x.square().sum(0)
+        self.exact = self._sum() + x.square().sum(0, dtype=torch.float64)
+        self.diagonal.copy_(self.exact)
         if self.hessian is not None:
             self.hessian.addmm_(x.t(), x)
         if self.cross is not None and float_TN is not None:
             self.cross.addmm_(x.t(), float_TN.detach().float())
+
+    def _sum(self) -> Tensor:
+        return self.diagonal.double() if self.exact is None else self.exact
+
+    def share(self) -> None:
+        """Sum with the statistics that other processes have of the same layer; nothing to do in a single one.
+
+        Rows of the float model that one process lacks are left out by all.
+        """
+        if distributed.world() == 1:
+            return
+        if not all(distributed.from_all(self.cross is not None)):
+            self.cross = None
+        self.exact = self._sum()
+        distributed.sum_((self.exact, self.hessian, self.cross))
+        self.diagonal.copy_(self.exact)
+        counts = distributed.from_all((self.num_rows, self.rejected, self.batches))
+        self.num_rows, self.rejected, self.batches = (sum(values) for values in zip(*counts))
 
     def check(self, name: str) -> None:
         """Raises: UntrustedInput if over 1 % of the batches were not finite."""

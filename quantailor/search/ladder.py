@@ -26,6 +26,7 @@ from quantailor.evaluate.result import Result, difference
 from quantailor.evaluate.run import evaluate, reference_for
 from quantailor.models.prepare import prepare, state_of
 from quantailor.progress import Advance, Progress
+from quantailor.ptq.defaults import rungs
 from quantailor.ptq.driver import calibrate, methods_of
 from quantailor.qat.best import Score
 from quantailor.qat.settings import Settings
@@ -45,7 +46,7 @@ class Goal:
     short_steps: int = 100
     long_steps: int = 400
     settings: Settings = field(default_factory=Settings)
-    methods: tuple[str, ...] = ("rtn", "gptq", "qronos")
+    methods: tuple[str, ...] | None = None  # None: what ptq/defaults.py has for the scheme
     control: bool = False  # also fine-tune the float model for the steps that QAT took
 
     def __post_init__(self) -> None:
@@ -53,9 +54,9 @@ class Goal:
             raise UsageError(f"tolerance={self.tolerance} must be 0 or more and below 1; 2% is 0.02")
         if not 0 < self.minutes < math.inf:
             raise UsageError(f"minutes={self.minutes} is no time to work in; use more than 0, such as 30")
-        for method in self.methods:
+        for method in self.methods or ():
             ptq.method(method)
-        if not self.methods:
+        if self.methods is not None and not self.methods:
             raise UsageError("no PTQ method is named; use at least one, such as rtn")
 
 
@@ -190,10 +191,9 @@ class Ladder:
 
     def _ptq(self) -> tuple[nn.Module, Step]:
         best: tuple[nn.Module, Step] | None = None
-        batches = list(
-            self.train_data.batches(16, shuffle=True, seed=self.goal.settings.seed, limit=self.goal.calibration)
-        )
-        for method in self.goal.methods:
+        batches, drawn = self.train_data.calibration_batches(self.goal.calibration, seed=self.goal.settings.seed)
+        self.notes += [f"calibration data: {note}" for note in drawn]
+        for method in self.goal.methods or rungs(self.recipe.scheme):
             if best is not None and self.seconds_left <= 0:
                 self.notes.append(f"{method} left out: {self.goal.minutes:g} minutes are over")
                 break

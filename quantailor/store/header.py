@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,16 @@ BITS = {dtype: bits for bits, dtypes in _DTYPES_BY_BITS.items() for dtype in dty
 
 @dataclass(frozen=True)
 class TensorFact:
-    """What a header says of one tensor; `dtype` in the format's own words (`BF16`)."""
+    """What a header says of one tensor; `dtype` in the format's own words (`BF16`); its bytes begin at `start`."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    start: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * BITS[self.dtype] // 8
 
 
 def read_header(path: Path, *, follow: bool = True) -> dict[str, TensorFact]:
@@ -59,7 +65,7 @@ def read_header(path: Path, *, follow: bool = True) -> dict[str, TensorFact]:
     _check_metadata(path, entries.pop("__metadata__", None))
     facts, spans = {}, []
     for name, entry in entries.items():
-        facts[name], span = _fact(path, name, entry)
+        facts[name], span = _fact(path, name, entry, 8 + length)
         spans.append((*span, name))
     end = 0
     for start, stop, name in sorted(spans):
@@ -113,8 +119,8 @@ def _check_metadata(path: Path, metadata: Any) -> None:
         raise _bad(path, "has a header whose __metadata__ is not Unicode")
 
 
-def _fact(path: Path, name: str, entry: Any) -> tuple[TensorFact, tuple[int, int]]:
-    """One entry, and where its bytes are."""
+def _fact(path: Path, name: str, entry: Any, data: int) -> tuple[TensorFact, tuple[int, int]]:
+    """One entry, and where its bytes are, counted from `data`."""
     what = f"has tensor {shown(name)}"
     if not _is_unicode(name):
         raise _bad(path, f"{what}, a name that is not Unicode")
@@ -134,7 +140,7 @@ def _fact(path: Path, name: str, entry: Any) -> tuple[TensorFact, tuple[int, int
             raise _bad(path, f"{what} of shape {shown(shape)}, which no machine can hold")
     if num_elements * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise _bad(path, f"{what}, {dtype} {shape}, in {offsets[1] - offsets[0]} bytes, which does not fit its shape")
-    return TensorFact(dtype, tuple(shape), path), (offsets[0], offsets[1])
+    return TensorFact(dtype, tuple(shape), path, data + offsets[0]), (offsets[0], offsets[1])
 
 
 def _is_counts(value: Any) -> bool:

@@ -82,7 +82,7 @@ def verify(folder: Path, *, follow_symlinks: bool = False) -> dict[str, Any]:
         if size != listed:
             raise UntrustedInput(f"{where} is {size} bytes, and {NAME} says {shown(listed)}; {_AGAIN}")
     for name, path in found.items():
-        if _sha256(path) != expected[name].get("sha256"):
+        if sha256(path) != expected[name].get("sha256"):
             raise UntrustedInput(f"{shown(path)} has changed: its sha256 is not the one in {NAME}; {_AGAIN}")
     return manifest
 
@@ -93,7 +93,7 @@ def hash_folder(folder: Path, *, follow_symlinks: bool = False) -> str:
     Raises: UntrustedInput if `folder` is missing or empty, or holds a link out of it.
     """
     check_folder(folder)
-    files = {name: _sha256(path) for name, path in _files(folder, follow_symlinks).items()}
+    files = {name: sha256(path) for name, path in _files(folder, follow_symlinks).items()}
     return _checksum({"files": files})
 
 
@@ -110,14 +110,15 @@ def _files(folder: Path, follow_symlinks: bool = False) -> dict[str, Path]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    described: dict[str, Any] = {"size_bytes": path.stat().st_size, "sha256": _sha256(path)}
+    described: dict[str, Any] = {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".safetensors":
         facts = read_header(path)
         described["tensors"] = {name: {"dtype": fact.dtype, "shape": list(fact.shape)} for name, fact in facts.items()}
     return described
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -55,7 +55,7 @@ def new_folder(out: Path, *, overwrite: bool = False, inputs: Sequence[Path] = (
         try:
             yield tmp
         except Exception as error:
-            if isinstance(error, DiskFull) or _is_full(error):  # a DiskFull of `write_atomic` names `tmp`
+            if isinstance(error, DiskFull) or is_disk_full(error):  # a DiskFull of `write_atomic` names `tmp`
                 raise _disk_full(out, error.__cause__ or error) from error
             raise
         with _explained(out):
@@ -69,6 +69,17 @@ def check_out(out: Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()
     _check_apart(out, inputs)
     with _explained(out):
         _check_free(out, overwrite)
+
+
+def check_room(out: Path, num_bytes: int) -> None:
+    """Refuse work whose results the disk of `out` cannot hold. Raises: DiskFull."""
+    place = next(parent for parent in _place(out).parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise DiskFull(
+            f"making {shown(out)} takes about {num_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "free some space, or choose an --out on another disk"
+        )
 
 
 def recover(out: Path) -> None:
@@ -275,7 +286,7 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if _is_full(error):
+        if is_disk_full(error):
             raise _disk_full(out, error) from error
         reason = error.strerror or str(error)
         where = f" at {shown(error.filename)}" if error.filename else ""
@@ -286,7 +297,8 @@ def _explained(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
+    """Whether this is how the file system, or safetensors, says that there is no room."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     code = re.search(r"\(os error (\d+)\)", str(error))  # how safetensors, in Rust, reports it

@@ -5,6 +5,7 @@ names, links, limits and headers are looked at here first, and only what passes 
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # torch is reached through safe_open alone, so that planning 
 
 _NAMES = ("model", "quantailor")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_OPEN_BYTES = 2**26
 _CHUNK = 2**20  # elements looked at together: what one float8 chunk costs in float32 stays at 4 MB
 
 
@@ -91,15 +93,27 @@ def check_finite(files: ModelFiles) -> None:
             if fact.file == path and fact.dtype.startswith(("F64", "F32", "F16", "BF16", "F8", "C64"))
         ]
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    if found := _first_not_finite(file.get_tensor(name)):
-                        raise UntrustedInput(
-                            f"{shown(path)} has {found[1]} in tensor {shown(name)} at element {found[0]}, counted "
-                            "flat, and one such weight spoils every answer; use a sound copy"
-                        )
+            for some in _together(names, files.tensors):
+                with safe_open(path, framework="pt") as file:
+                    for name in some:
+                        if found := _first_not_finite(file.get_tensor(name)):
+                            raise UntrustedInput(
+                                f"{shown(path)} has {found[1]} in tensor {shown(name)} at element {found[0]}, counted "
+                                "flat, and one such weight spoils every answer; use a sound copy"
+                            )
         except (SafetensorError, OSError) as error:
             raise UntrustedInput(f"{shown(path)} cannot be read ({shown(error)}); download or copy it again") from error
+
+
+def _together(names: list[str], tensors: dict[str, TensorFact]) -> Iterator[list[str]]:
+    """Names in runs of some bytes: what was read of a file that is open stays in memory until it is closed."""
+    run: list[str] = []
+    for name in names:
+        if (run and sum(tensors[n].num_bytes for n in (*run, name)) > _OPEN_BYTES) or len(run) == 64:
+            yield run
+            run = []
+        run.append(name)
+    yield run
 
 
 def _first_not_finite(tensor: "Tensor") -> tuple[int, float] | None:

@@ -210,7 +210,7 @@ def test_data_of_another_task_is_refused(tiny_bert, earlier, corpus, tmp_path):
 
 OPTIONS = {
     "unknown scheme": (("--scheme", "w4a16g32"), "unknown scheme 'w4a16g32'; did you mean w4a16-g32, w3a16-g32"),
-    "nf5": (("--scheme", "nf5"), "did you mean nf4, nf4-dq?"),
+    "nf5": (("--scheme", "nf5"), "NF4 is 4 bits by definition"),
     "no scheme": (("--scheme", ""), "unknown scheme ''; did you mean"),
     "float": (("--scheme", "float"), "scheme float"),
     "group of none": (("--scheme", "w4a16-g0"), "group size 0 must be at least 1"),
@@ -262,7 +262,7 @@ def test_mistakes_in_train(tiny_lm, tiny_bert, earlier, corpus, w8a8):
         ((w8a8, "--scheme", "w8a8"), "leave the scheme out to train it further"),
         ((w8a8,), "teacher='self' needs the float model"),
         ((tiny_lm, "--scheme", "w8a8", "--teacher", tiny_bert), "use a teacher of its own kind"),
-        ((tiny_lm, "--scheme", "w8a8", "--method", "awq"), "method 'awq' is none of rtn, gptq"),
+        ((tiny_lm, "--scheme", "w8a8", "--method", "gpqt"), "'gpqt' is none of rtn, gptq"),
         ((tiny_lm, "--scheme", "w8a8", "--scale-learning-rate", "-1"), "scale_learning_rate=-1.0 must lie between"),
     ):
         refused(earlier, "train", *args, *data, status=2, told=told)

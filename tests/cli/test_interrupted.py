@@ -33,13 +33,13 @@ def long_fit(tmp_path, trained_lm, corpus, out, *more) -> Process:
 @pytest.mark.parametrize(
     ("number", "status", "told"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-@pytest.mark.parametrize("moment", ["float ", "gptq ", "training"])
+@pytest.mark.parametrize("moment", ["float ", "qronos ", "training"])
 def test_a_signal_in_the_middle_of_fit_leaves_nothing_half_written(
     tmp_path, trained_lm, corpus, earlier, number, status, told, moment
 ):
     with untouched(earlier):
         process = long_fit(tmp_path, trained_lm, corpus, earlier, "--overwrite", "--json")
-        process.wait_for("gptq " if moment == "training" else moment)
+        process.wait_for("qronos " if moment == "training" else moment)
         time.sleep(0.7 if moment == "training" else 0)
         assert any(path.name.startswith(".earlier.tmp-") for path in earlier.parent.iterdir()), "it is at work"
         process.stop(number)
@@ -89,7 +89,7 @@ def test_kill_9_then_again_gives_the_same_as_without(tmp_path, trained_lm, corpu
     (tmp_path / "results").mkdir()
     out = tmp_path / "results" / "out"
     process = long_fit(tmp_path, trained_lm, corpus, out)
-    process.wait_for("gptq ")
+    process.wait_for("qronos ")
     process.stop(signal.SIGKILL)
     assert process.ended().status == -signal.SIGKILL
     assert not out.exists() and len(list(out.parent.iterdir())) > 0

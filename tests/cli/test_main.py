@@ -57,7 +57,7 @@ def test_what_needs_no_model_loads_nothing_heavy(args):
 
 
 def test_the_commands_are_those_of_the_design():
-    assert COMMANDS == ["fit", "quantize", "train", "eval", "check", "generate", "schemes", "demo"]
+    assert COMMANDS == ["fit", "quantize", "train", "eval", "check", "generate", "calibration", "schemes", "demo"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -118,7 +118,7 @@ def test_quantize(tiny_lm, corpus, tmp_path):
 
     verify(tmp_path / "out")
     assert ran.status == 0 and document["out"] == str(tmp_path / "out") and document["scheme"] == "w4a16-g32"
-    assert document["method"] == "gptq" and 0 < document["coverage"] < 1
+    assert document["method"] == "qronos" and 0 < document["coverage"] < 1
     assert document["size_bytes"] == (tmp_path / "out" / "quantailor.safetensors").stat().st_size
     kept = {e["name"]: e["reason"] for e in document["inventory"] if e["scheme"] is None}
     assert kept[f"{Q_PROJ.replace('q_proj', 'o_proj')}"] == "rule: *.o_proj=keep"
@@ -126,7 +126,9 @@ def test_quantize(tiny_lm, corpus, tmp_path):
     assert "note: " in ran.err and "of all weights quantized" in ran.err
 
     ran = shell(*args, "--out", tmp_path / "out", "--overwrite", "--quiet")
-    assert ran.status == 0 and ran.err == "" and ran.out.startswith("w4a16-g32 by gptq: ") and ran.out.count("\n") == 1
+    assert (
+        ran.status == 0 and ran.err == "" and ran.out.startswith("w4a16-g32 by qronos: ") and ran.out.count("\n") == 1
+    )
 
 
 def test_quantize_without_data(tiny_lm, tmp_path):
@@ -194,7 +196,10 @@ def test_fit_where_nothing_is_enough_saves_the_best_and_says_so(fit, tmp_path):
     verify(tmp_path / "out")
     assert api.check(tmp_path / "out").equal
     values = {step["name"]: step["value"] for step in document["steps"]}
-    assert list(values)[:3] == ["float", "rtn", "gptq"] and list(values)[-2:] == ["hybrid", "qat"]
+    assert list(values)[:4] == ["float", "rtn", "smoothquant+qronos", "smoothquant+blockap"] and list(values)[-2:] == [
+        "hybrid",
+        "qat",
+    ]
     assert document["final"]["value"] == min(values[name] for name in list(values)[1:])
 
 
@@ -230,8 +235,8 @@ def test_schemes():
     document = shell("schemes", "--json").document["schemes"]
     lines = shell("schemes").out.splitlines()
 
-    assert len(lines) == len(document) + 1 and all(line.split()[0] in document for line in lines[:-1])
-    assert lines[-1].startswith("form: ")
+    assert [line.split()[0] for line in lines[: len(document)]] == list(document)
+    assert [line.split()[0] for line in lines[len(document) :]] == ["form:", "ranges", "alias:"]
 
 
 def test_demo_shows_a_table_of_three_fits(monkeypatch, tmp_path):

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantailor import api
 from quantailor.errors import UntrustedInput
 from quantailor.export import plugin
+from quantailor.nn.activation_quantizer import quantize_activation
+from quantailor.nn.packed import QuantLinear
+from quantailor.spec import Scheme
 from quantailor.store.paths import is_plain_name
 
 COMPRESSED = {
@@ -28,6 +32,9 @@ OWN = {
     "w3a16-asym": ("llama", "w3a16-asym", {}),
     "w8a8-static": ("llama", "w8a8-static", {}),
     "w1.58a8": ("llama", "w1.58a8", {}),
+    "w8a8-outliers": ("llama", "w8a8-outliers2", {}),
+    "w4a8-g32-ag32": ("llama", "w4a8-g32-ag32", {}),
+    "gpt2 outliers": ("gpt2", "w8a8-outliers2", {}),
     "tied": ("tied", "w4a16-g32", {"rules": (("model.embed_tokens", "w8a16"), ("lm_head", "w8a16"))}),
     "half": ("half", "w4a16-g32", {"rules": (("model.embed_tokens", "w8a16"), ("lm_head", "w8a16"))}),
     "gpt2": ("gpt2", "w8a8", {}),
@@ -82,6 +89,49 @@ def test_our_own_layout_does_not_load_without_the_import(strangers, name):
 @pytest.mark.parametrize("name", OWN)
 def test_our_own_layout_loads_after_the_import_bit_for_bit(strangers, name):
     assert strangers["plugin"][name] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [
+        *(("llama", f"w8a8-static{method}") for method in ("-minmax", "-percentile", "-percentile99", "-kl")),
+        *(("llama", f"w4a8-g32{rest}") for rest in ("-ag32", "-asym-outliers2")),
+        *(("llama", text) for text in ("w8a8-outliers2", "llm.int8", "w8a8-ag24")),
+        *((model, "w8a8-outliers2") for model in ("gpt2", "half", "bert")),
+    ],
+)
+def test_what_is_read_back_computes_what_was_simulated(saved_as, model, scheme):
+    """In the process that saved, to the last bit: the folder's proof, and other text in `eval` and `train` mode."""
+    simulated, folder = saved_as(model, scheme)
+    parity = api.check(folder)
+    assert parity.equal and parity.max_logit_difference == 0.0 and max(parity.per_layer.values()) == 0.0
+    loaded = api.load(folder)
+    assert loaded.state.scheme == simulated.state.scheme and str(loaded.state.scheme) == str(Scheme.parse(scheme))
+    ids = torch.randint(3, 80, (3, 20))
+    if scheme.endswith("outliers2"):
+        taken = outliers_taken(loaded.model, ids)
+        assert 0 < taken < 1  # some columns were out, not all
+    for training in (False, True)[: 2 if model in ("llama", "half") else 1]:  # the others have dropout
+        with torch.no_grad():
+            logits = [m.model.train(training)(ids).logits for m in (simulated, loaded)]
+        assert torch.equal(*logits)
+    simulated.model.eval()
+
+
+def outliers_taken(model, ids):
+    """The share of input columns that a call keeps in float."""
+    shares = []
+
+    def hook(module, args):
+        found = quantize_activation(args[0], module.scheme.input, None)
+        shares.append(len(found.columns) / found.q.shape[-1])
+
+    handles = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, QuantLinear)]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return sum(shares) / len(shares)
 
 
 def test_registering_twice_does_nothing():

@@ -18,11 +18,14 @@ from quantailor.spec import (
     QuantSpec,
     Scheme,
     Ternary,
+    why_not_convolution,
 )
 
 SCHEMES = [name for name in KNOWN_SCHEMES if name != "float"] + [
     *("w8a8-asym", "w8a16-asym", "w4a8-g32-asym", "w8a8-asym-static", "w4a8-g32-static", "w3a16-g32-asym"),
     *("w2a8-g32-balanced", "w1a8-g32", "w5a4-g7", "w1.58a16-g64", "w7a8-g100"),
+    *("w8a8-outliers2", "w4a8-g32-asym-outliers2", "w2a8-g32-balanced-outliers1.5", "w8a8-asym-outliers2.5"),
+    *("w4a8-ag7", "w4a8-g7-ag7-asym", "w1a8-ag32", "w8a8-g200-ag200"),
 ]
 
 
@@ -55,6 +58,12 @@ LAYERS = {
     "conv2d same": lambda: conv2d(kernel_size=(4, 3), padding="same", dilation=(1, 2), stride=1),
     "conv2d valid": lambda: conv2d(kernel_size=(1, 5), padding="valid"),
 }
+
+
+def pairs():
+    """Each kind of layer with each scheme that it can have."""
+    convolutions = [s for s in SCHEMES if why_not_convolution(Scheme.parse(s)) is None]
+    return [(kind, s) for kind in LAYERS for s in (convolutions if "conv2d" in kind else SCHEMES)]
 
 
 # [33, 100] weights that break naive scales; each function works in place.

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -30,15 +31,15 @@ def dynamic(grid):
 def test_dynamic_simulated_values_are_integers_times_scale(grid, dtype):
     quantizer = ActivationQuantizer(dynamic(grid))
     x = torch.randn(2, 3, 10, dtype=dtype)
-    q, scale = quantizer.integers(x)
-    assert q.dtype == torch.int8 and scale.shape == (2, 3, 1)
-    assert torch.equal(quantizer(x), (q * scale).to(dtype))
+    found = quantizer.integers(x)
+    assert found.q.dtype == torch.int8 and found.scale.shape == (2, 3, 1)
+    assert torch.equal(quantizer(x), (found.q * found.scale).to(dtype))
     assert not list(quantizer.parameters()) and not list(quantizer.buffers())
     quantizer.enabled = False
     assert quantizer(x) is x
 
 
-@pytest.mark.parametrize("method", ["minmax", "ema", "mse", "percentile", "histogram"])
+@pytest.mark.parametrize("method", ["minmax", "ema", "mse", "percentile", "kl", "histogram"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_static_from_calibration_to_integers(method, bits):
     spec = QuantSpec(Int(bits), PerTensor(), range=method)
@@ -54,9 +55,18 @@ def test_static_from_calibration_to_integers(method, bits):
     quantizer.finish_calibration()
     expected, _ = observer.scale_zero_point(spec.grid)
     assert quantizer.calibrated and torch.equal(quantizer.scale, expected.reshape(1)) and quantizer.observer is None
-    q, scale = quantizer.integers(data[0])
-    assert torch.equal(q, torch.round(data[0] * (1 / expected)).clamp(spec.grid.qmin, spec.grid.qmax).to(torch.int8))
-    assert torch.equal(quantizer(data[0]), q * scale)
+    found = quantizer.integers(data[0])
+    q = torch.round(data[0] * (1 / expected)).clamp(spec.grid.qmin, spec.grid.qmax)
+    assert torch.equal(found.q, q.to(torch.int8))
+    assert torch.equal(quantizer(data[0]), q * quantizer.scale)
+
+
+def test_the_percentile_of_the_spec_is_the_observer_s():
+    quantizer = ActivationQuantizer(QuantSpec(Int(8), PerTensor(), range="percentile", percentile=90.0))
+    quantizer.start_calibration()
+    quantizer(torch.linspace(-1, 3, 2001))
+    quantizer.finish_calibration()
+    assert abs(quantizer.scale.item() * 127.5 - 2.6) < 0.005  # 0 .. 1 twice, 1 .. 3 once: 90 % of |x| is below 2.6
 
 
 def test_static_gradients_are_lsq_s():
@@ -111,7 +121,9 @@ def test_dynamic_scales_need_no_calibration():
         QuantSpec(Int(8, symmetric=False), PerTensor()),
         dynamic(Int(8, symmetric=False)),
         QuantSpec(Int(8), PerChannel()),
-        QuantSpec(Int(8), PerGroup(32), dynamic=True),
+        QuantSpec(Int(8), PerGroup(32)),
+        QuantSpec(Int(8, symmetric=False), PerGroup(32), dynamic=True),
+        QuantSpec(Binary(), PerGroup(32), dynamic=True),
         QuantSpec(Int(8), PerTensor(), dynamic=True),
         QuantSpec(Binary(), PerTensor()),
         dynamic(Ternary()),
@@ -123,7 +135,7 @@ def test_dynamic_scales_need_no_calibration():
 def test_specs_that_activations_cannot_have_are_refused(spec):
     with pytest.raises(UsageError) as error:
         ActivationQuantizer(spec)
-    assert "use a symmetric integer grid, per token (dynamic) or per tensor (static)" in str(error.value)
+    assert "use a symmetric integer grid, per token or group (dynamic) or per tensor (static)" in str(error.value)
 
 
 def test_the_packed_layer_takes_the_same_road():
@@ -132,11 +144,67 @@ def test_the_packed_layer_takes_the_same_road():
         quantizer = ActivationQuantizer(spec)
         if scale:
             quantizer.set_scale(torch.tensor(scale))
-        ours = quantize_activation(x, spec, torch.tensor([scale]) if scale else None)
-        assert all(map(torch.equal, ours, quantizer.integers(x)))
+        ours, simulated = quantize_activation(x, spec, torch.tensor([scale]) if scale else None), quantizer.integers(x)
+        assert torch.equal(ours.q, simulated.q) and torch.equal(ours.scale, simulated.scale)
 
 
-@pytest.mark.parametrize("spec", [dynamic(Int(8)), dynamic(Int(2)), QuantSpec(Int(8), PerTensor())], ids=str)
+@pytest.mark.parametrize("grid", [Int(8), Int(3), Int(4, narrow=True)], ids=str)
+@pytest.mark.parametrize("size", [1, 4, 7, 10, 64])
+def test_groups_have_a_scale_each(size, grid):
+    """Every group as if it were a token of its own; the last may be shorter."""
+    x = torch.randn(2, 3, 10) * torch.logspace(-2, 2, 10)
+    quantizer = ActivationQuantizer(QuantSpec(grid, PerGroup(size), dynamic=True))
+    found = quantizer.integers(x)
+    assert found.group_size == size and found.scale.shape == (2, 3, -(-10 // size))
+    whole = ActivationQuantizer(dynamic(grid))
+    for group, start in enumerate(range(0, 10, size)):
+        alone = whole.integers(x[..., start : start + size])
+        assert torch.equal(found.q[..., start : start + size], alone.q)
+        assert torch.equal(found.scale[..., group], alone.scale.squeeze(-1))
+        assert torch.equal(quantizer(x)[..., start : start + size], whole(x[..., start : start + size]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outlier_columns_are_those_of_the_whole_call(dtype):
+    """Any row's magnitude at the threshold takes the column out of all rows; the others do not see it."""
+    x = torch.randn(4, 3, 10).clamp(-2, 2).to(dtype)
+    x[0, 1, 7], x[3, 2, 2], x[1, 0, 4] = -6.0, 100.0, 5.96875
+    quantizer = ActivationQuantizer(dataclasses.replace(dynamic(Int(8)), outliers=6.0))
+    found = quantizer.integers(x)
+    rest = [0, 1, 3, 4, 5, 6, 8, 9]
+    assert found.columns.tolist() == [2, 7] and torch.equal(found.values, x[..., [2, 7]].float())
+    alone = ActivationQuantizer(dynamic(Int(8))).integers(x[..., rest])
+    assert not found.q[..., [2, 7]].any() and torch.equal(found.q[..., rest], alone.q)
+    assert torch.equal(found.scale, alone.scale)
+    y = quantizer(x)
+    assert y.dtype == dtype and torch.equal(y[..., [2, 7]], x[..., [2, 7]])
+    assert torch.equal(y[..., rest], alone.dequantize().to(dtype))
+    row = quantizer.integers(x[1:2])
+    assert row.columns.tolist() == [] and not torch.equal(row.q[0, 0], found.q[1, 0])  # alone, it is another row
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec(Int(8), PerGroup(4), dynamic=True), dataclasses.replace(dynamic(Int(8)), outliers=1.5)],
+    ids=["groups", "outliers"],
+)
+def test_dynamic_gradients_are_the_identity(spec):
+    x, grad = torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+    ActivationQuantizer(spec)(x).backward(grad)
+    assert torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dynamic(Int(8)),
+        dynamic(Int(2)),
+        QuantSpec(Int(8), PerTensor()),
+        QuantSpec(Int(8), PerGroup(3), dynamic=True),
+        dataclasses.replace(dynamic(Int(8)), outliers=6.0),
+    ],
+    ids=str,
+)
 def test_zeros_denormals_and_one_token(spec):
     quantizer = ActivationQuantizer(spec)
     for x in (
@@ -148,5 +216,4 @@ def test_zeros_denormals_and_one_token(spec):
     ):
         y = quantizer(x)
         assert y.shape == x.shape and torch.isfinite(y).all()
-        q, scale = quantizer.integers(x)
-        assert torch.equal(y, q * scale)
+        assert torch.equal(y, quantizer.integers(x).dequantize())

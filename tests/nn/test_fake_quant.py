@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quantailor.errors import UsageError
 from quantailor.nn.fake_quant import fake_quantized, set_rounded
+from quantailor.nn.packed import packed
 from quantailor.numerics.grouping import to_groups
 from quantailor.observers.weights import weight_scale
 from quantailor.spec import NF4, Balanced, Binary, Int, PerTensor, Scheme
-from tests.nn.layers import LAYERS, PATHOLOGICAL, SCHEMES, SPECS, conv2d, embedding, linear, quantized
+from tests.nn.layers import LAYERS, PATHOLOGICAL, SCHEMES, SPECS, conv2d, embedding, linear, pairs, quantized
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("kind", "scheme"), pairs())
 def test_gradients_reach_everything_that_learns(kind, scheme):
     layer, x = LAYERS[kind]()
     twin = quantized(layer, scheme, x)
@@ -37,7 +38,13 @@ def test_gradients_reach_everything_that_learns(kind, scheme):
     assert kind == "embedding" or x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w4a8-g32-asym", "w8a8-static", "w1.58a8", "w1a1"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("w8a8", "w4a8-g32", "w4a8-g32-asym", "w8a8-static", "w1.58a8", "w1a1"),
+        *("w8a8-outliers2", "w4a8-g32-asym-outliers2", "w8a8-ag7", "w4a8-g32-ag32"),
+    ],
+)
 def test_the_integer_forward_has_the_gradients_of_the_simulated_product(scheme):
     """Straight through: as if x_hat and w_hat had been multiplied in float."""
     layer, x = linear()
@@ -62,13 +69,14 @@ def test_values_do_not_depend_on_the_mode(scheme):
         assert torch.equal(twin.eval()(x), trained)
 
 
-def test_under_autocast_integer_sums_are_not_rounded():
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-outliers2", "w8a8-ag64"])
+def test_under_autocast_integer_sums_are_not_rounded(scheme):
     layer, x = linear(length=600)
-    twin = quantized(layer, "w8a8", x)
+    twin = quantized(layer, scheme, x)
     with torch.no_grad():
         plain = twin(x)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(twin(x), plain)
+            assert torch.equal(twin(x), plain) and torch.equal(packed(twin)(x), plain)
     with torch.autocast("cpu", torch.bfloat16):
         twin(x).sum().backward()
     assert torch.isfinite(twin.weight.grad).all()
@@ -98,6 +106,31 @@ def test_switched_off_a_layer_is_the_float_one():
             if quantizer is not None:
                 quantizer.enabled = False
         torch.testing.assert_close(twin(x), expected, rtol=0, atol=2e-6 if kind == "conv1d" else 0)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-outliers2", "w8a8-ag7"])
+def test_the_gradient_is_that_of_both_products_together(scheme):
+    """Straight through, columns in float included: dy/dx is the dequantized weight, dy/dw what the layer saw."""
+    layer, x = linear()
+    twin, grad = quantized(layer, scheme, x, moved=False), torch.randn(2, 5, 33)
+    x.requires_grad_()
+    twin(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ twin.fake_weight().detach())
+    x_hat = twin.input_quantizer.integers(x).dequantize()
+    inside = twin.weight_quantizer.integers(twin.weight_ON).int().abs() < 127  # beyond it LSQ clips
+    expected = grad.flatten(0, 1).T @ x_hat.flatten(0, 1)
+    torch.testing.assert_close(twin.weight.grad[inside], expected[inside])
+    if "outliers" in scheme:
+        kept = (x.abs() >= 2).flatten(0, 1).any(0)
+        assert kept.any() and not kept.all() and torch.equal(x_hat[..., kept], x[..., kept])
+        assert not (x_hat[..., ~kept] == x[..., ~kept]).all()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-outliers", "w8a8-ag64"])
+def test_a_convolution_has_neither_outliers_nor_groups(scheme):
+    layer, _ = conv2d()
+    with pytest.raises(UsageError, match="give it w8a8 or w8a8-static by a rule, or keep it"):
+        fake_quantized(layer, Scheme.parse(scheme))
 
 
 def test_conv1d_becomes_a_linear_of_the_transposed_weight():
@@ -143,7 +176,7 @@ def test_weights_stay_where_they_are_inside_their_cell():
     steps = before / scale
     inner = ((steps - q).abs() < 0.47) & (q > -8) & (q < 7)
     torch.testing.assert_close(twin.weight[inner], before[inner], rtol=1e-5, atol=0)
-    assert ((twin.weight - before).abs() <= 0.52 * scale + 1e-6)[(steps > -8.5) & (steps < 7.5)].all()
+    assert ((twin.weight - before).abs() <= 0.52 * scale.abs() + 1e-6)[(steps > -8.5) & (steps < 7.5)].all()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

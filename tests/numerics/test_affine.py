@@ -11,9 +11,11 @@ from quantailor.numerics.affine import (
     dequantize,
     fake_quantize,
     fake_quantize_dynamic,
+    outlier_columns,
     quantize,
     quantize_dynamic,
     scale_zero_point,
+    straight_through,
 )
 from quantailor.spec import Int
 
@@ -173,6 +175,27 @@ def test_dynamic_scales_are_found_a_row_at_a_time(bits, dtype):
     assert ((q * scale - x.float()).abs() <= scale * 0.501).all()
 
 
-def test_dynamic_scales_have_no_groups():
-    with pytest.raises(ValueError, match="group_size=32: dynamic activations are per token; use group_size=None"):
-        quantize_dynamic(torch.zeros(1, 64), -8, 7, group_size=32)
+@pytest.mark.parametrize("size", [1, 5, 17, 40])
+def test_dynamic_groups_are_tokens_of_their_own(size):
+    x = torch.randn(3, 5, 17).mul(torch.logspace(-3, 3, 17))
+    x[1, 2, :5] = 0
+    q, scale = quantize_dynamic(x, -8, 7, size)
+    assert q.dtype == torch.int8 and scale.shape == (3, 5, -(-17 // size))
+    for group, start in enumerate(range(0, 17, size)):
+        run = slice(start, start + size)
+        alone_q, alone_scale = quantize_dynamic(x[..., run], -8, 7)
+        assert torch.equal(q[..., run], alone_q) and torch.equal(scale[..., group : group + 1], alone_scale)
+
+
+def test_outlier_columns_by_loops():
+    x = torch.randn(4, 3, 20) * 3
+    expected = [n for n in range(20) if any(abs(float(v)) >= 6 for v in x[..., n].flatten())]
+    assert 0 < len(expected) < 20 and outlier_columns(x, 6.0).tolist() == expected
+    assert outlier_columns(torch.tensor([[6.0, 5.9999995, -6.0]]), 6.0).tolist() == [0, 2]
+    assert outlier_columns(torch.zeros(0, 5), 6.0).tolist() == outlier_columns(x, 1e9).tolist() == []
+
+
+def test_straight_through_has_one_s_value_and_the_other_s_gradient():
+    x, x_hat = torch.randn(3, 4), torch.randn(3, 4)
+    y, gradient = backward(lambda t: straight_through(t, x_hat), x)
+    assert torch.equal(y, x_hat) and torch.equal(gradient, torch.arange(1.0, 13).view(3, 4))

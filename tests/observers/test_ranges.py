@@ -1,14 +1,25 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from quantailor.errors import UntrustedInput, UsageError
 from quantailor.numerics import affine
-from quantailor.observers.ranges import EMA, MSE, Histogram, MinMax, Percentile, make_observer, rows_that_count
-from quantailor.spec import Int
+from quantailor.observers.ranges import (
+    EMA,
+    KL,
+    MSE,
+    Histogram,
+    MinMax,
+    Percentile,
+    divergences,
+    make_observer,
+    rows_that_count,
+)
+from quantailor.spec import Int, RangeMethod
 
-ALL = [MinMax, EMA, Percentile, MSE, Histogram]
+ALL = [MinMax, EMA, Percentile, lambda: Percentile(symmetric=True), MSE, KL, Histogram]
 
 
 def batches(num=7, shape=(4, 9, 16), growth=3.0):
@@ -73,6 +84,98 @@ def test_percentile_is_torch_quantile_within_a_bin(percentile, asymmetric):
     outside = ((values < low) | (values > high)).double().mean()
     assert outside <= 2 * tail + 1e-12
     assert values.min() <= low + 1e-6 and high <= values.max() + 1e-6
+
+
+@pytest.mark.parametrize("percentile", [60.0, 99.0, 99.99, 100.0])
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_on_a_symmetric_grid_the_percentile_is_of_magnitudes(percentile, one_sided):
+    """Wu et al. 2020, section 4: 99 % clips the 1 % of the largest magnitudes, on whichever side they are."""
+    data = [x.relu() if one_sided else x - 0.5 for x in batches(growth=1.5)]
+    observer = fed(Percentile(percentile, symmetric=True), data)
+    values = torch.cat([x.flatten() for x in data]).double()
+    low, high = observer.range()
+    found, one_bin = max(-low, high), 2 * observer.width / observer.num_bins
+    sides = [torch.quantile(values.abs(), percentile / 100, interpolation=kind).item() for kind in ("lower", "higher")]
+    assert sides[0] - 1e-6 <= found <= sides[1] + 1.001 * one_bin
+    assert (values.abs() > found).double().mean() <= 1 - percentile / 100 + 1e-12
+    assert values.min() <= low + 1e-6 and high <= values.max() + 1e-6
+
+
+def test_a_migacz_example_by_hand():
+    """Slide "Candidate distribution Q": 8 bins [1, 0, 2, 3 | 5, 3, 1, 7] in 2 levels are [2, 0, 2, 2 | 4, 4, 4, 4]."""
+    counts = torch.tensor([1.0, 0, 2, 3, 5, 3, 1, 7])
+    p, q = counts / 22, torch.tensor([2.0, 0, 2, 2, 4, 4, 4, 4]) / 22
+    filled = p > 0
+    expected = (p[filled] * (p[filled] / q[filled]).log()).sum()
+    torch.testing.assert_close(divergences(counts, torch.tensor([8]), 2)[0], expected.double(), rtol=1e-5, atol=0)
+
+
+def migacz(counts, levels):
+    """The pseudocode of "8-bit Inference with TensorRT", slide "Entropy Calibration", line by line in plain Python."""
+    result = {}
+    for i in range(levels, len(counts) + 1):
+        reference = list(counts[:i])
+        reference[i - 1] += sum(counts[i:])
+        level_of = [j * levels // i for j in range(i)]
+        expanded = [0.0] * i
+        for level in range(levels):
+            inside = [j for j in range(i) if level_of[j] == level]
+            filled = [j for j in inside if counts[j] > 0]
+            for j in filled:
+                expanded[j] = sum(counts[k] for k in inside) / len(filled)
+        total_p, total_q, divergence = sum(reference), sum(expanded), 0.0
+        for p, q in zip(reference, expanded):
+            if p > 0:
+                divergence += p / total_p * math.log(p / total_p / (q / total_q)) if q > 0 else math.inf
+        result[i] = divergence
+    return result
+
+
+@pytest.mark.parametrize("levels", [2, 7, 8, 16])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_kl_is_the_published_pseudocode(levels, gaps):
+    counts = (1000 * torch.exp(-torch.arange(61) / 9.0)).round()
+    counts += torch.randint(0, 4, (61,))
+    if gaps:
+        counts[torch.rand(61) < 0.3] = 0
+        counts[[0, 40]] = torch.tensor([0.0, 9.0])
+    slow = migacz(counts.tolist(), levels)
+    fast = divergences(counts, torch.arange(levels, 62), levels)
+    torch.testing.assert_close(fast, torch.tensor(list(slow.values()), dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert any(math.isinf(d) for d in slow.values()) == gaps
+
+
+@pytest.mark.parametrize("grid", [Int(8), Int(4), Int(4, narrow=True)], ids=str)
+def test_kl_chooses_the_threshold_of_least_divergence(grid):
+    """(m + 0.5) bins for the best m, the whole range if that is all of it; on both signs together."""
+    levels, heavy = {8: 128, 4: 8 if not grid.narrow else 7}[grid.bits], torch.randn(9, 4000) ** 3
+    observer = fed(KL(grid, num_bins=512), list(heavy))
+    width = 2 * observer.width / 512
+    counts = torch.histc(heavy.abs(), 256, 0, observer.width)
+    slow = migacz(counts.tolist(), levels)
+    best = min((d, i) for i, d in slow.items() if i <= int(counts.nonzero().max()) + 1)[1]
+    low, high = observer.range()
+    assert max(-low, high) == pytest.approx(min((best + 0.5) * width, float(heavy.abs().max())), rel=1e-6)
+    assert float(heavy.abs().max()) > 1.1 * max(-low, high)  # it did clip
+
+
+def test_kl_leaves_exact_zeros_out_and_keeps_what_has_no_tail():
+    x = torch.randn(9, 4000).abs()
+    alone, with_zeros = fed(KL(), list(x)), fed(KL(), [torch.cat([row, torch.zeros(50_000)]) for row in x])
+    assert alone.range() == with_zeros.range()
+    uniform = torch.rand(9, 4000)
+    assert fed(KL(), list(uniform)).range()[1] > 0.98 * uniform.max()
+    zeros = fed(KL(), [torch.zeros(5)])
+    assert zeros.range() == (0, 0) and zeros.scale_zero_point(Int(8))[0] == 1
+    with pytest.raises(UsageError, match="num_bins=256 are too few for 128 levels; use 4096"):
+        KL(Int(8), num_bins=256)
+
+
+def test_range_methods_differ_where_there_is_a_tail():
+    """The order that their definitions give on a heavy tail: all of it, then less and less."""
+    x = torch.randn(20, 5000).double().exp().pow(1.5).float() * torch.randn(20, 5000).sign()
+    high = {m: float(fed(make_observer(m, Int(8)), list(x)).range()[1]) for m in ("minmax", "mse", "percentile", "kl")}
+    assert high["minmax"] > high["percentile"] > high["kl"] and high["minmax"] > high["mse"]
 
 
 def squared_error(x, weights, low, high, grid):
@@ -174,11 +277,13 @@ def test_constants_of_any_size_have_a_usable_scale(make, value):
 
 def test_each_range_method_has_its_observer():
     grid = Int(4)
-    kinds = {method: make_observer(method, grid) for method in ("minmax", "ema", "percentile", "mse", "histogram")}
-    assert [type(o) for o in kinds.values()] == [MinMax, EMA, Percentile, MSE, MSE]
+    kinds = {method: make_observer(method, grid) for method in get_args(RangeMethod)}
+    assert [type(o) for o in kinds.values()] == [MinMax, EMA, MSE, Percentile, KL, KL]
     assert kinds["mse"].grid is grid and (kinds["mse"].num_bins, kinds["mse"].num_ratios) == (4096, 100)
-    assert (kinds["histogram"].num_bins, kinds["histogram"].num_ratios) == (16384, 400)
-    assert kinds["percentile"].percentile == 99.99
+    assert kinds["kl"].levels == 8 and kinds["kl"].num_bins == 4096
+    assert kinds["percentile"].percentile == 99.99 and kinds["percentile"].symmetric
+    assert make_observer("percentile", Int(4, symmetric=False), 99.0).percentile == 99.0
+    assert not make_observer("percentile", Int(4, symmetric=False)).symmetric
 
 
 def test_settings_that_cannot_be_are_refused():

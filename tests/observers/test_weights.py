@@ -35,17 +35,42 @@ def pieces(w, h, spec):
             yield row, group, x, importance
 
 
-def candidates(x, grid):
-    """Scale and zero point of min-max times each ratio, by the definitions in the paper's terms."""
-    for ratio in weights._RATIOS:
-        low, high = min(float(x.min() * ratio), 0.0), max(float(x.max() * ratio), 0.0)
-        if isinstance(grid, Balanced):
-            yield max(-low, high) / 2, 0
-        elif grid.symmetric:
-            yield max(-low, high) / ((grid.qmax - grid.qmin) / 2), 0
-        else:
-            scale = (high - low) / grid.qmax
-            yield scale, min(max(round(-low / scale), 0), grid.qmax)
+def min_max(x, grid, ratio=1.0):
+    """Scale and zero point of a share of the min-max range, by the definitions."""
+    low, high = min(float(x.min() * ratio), 0.0), max(float(x.max() * ratio), 0.0)
+    if isinstance(grid, Balanced):
+        return max(-low, high) / 2, 0
+    if grid.symmetric:
+        return max(-low, high) / ((grid.qmax - grid.qmin) / 2), 0
+    scale = (high - low) / grid.qmax
+    return scale, min(max(round(-low / scale), 0), grid.qmax)
+
+
+def integers_and_fit(x, h, scale, zero_point, grid):
+    """(scale that serves the integers best, what of the weighted squares it explains), by the normal equation."""
+    q = grids.encode(x, torch.tensor(scale, dtype=torch.float32), zero_point, grid).double() - zero_point
+    u = q + grids.limits(grid)[2]
+    top, bottom = float((h * x * u).sum()), float((h * u * u).sum())
+    return top / bottom, top * top / bottom
+
+
+def search(x, h, grid):
+    """The search as its docstring says it, one group and one candidate at a time."""
+    tried = [
+        (sign * s, z)
+        for ratio in weights.ratios(grid)
+        for s, z in [min_max(x, grid, ratio)]
+        for sign in (
+            (1, -1) if isinstance(grid, Int) and grid.symmetric and grid.bits <= 4 and not grid.narrow else (1,)
+        )
+    ]
+    explained = [integers_and_fit(x, h, s, z, grid)[1] for s, z in tried]
+    best = max(range(len(tried)), key=lambda i: explained[i])
+    scale, zero_point = tried[best]
+    for _ in range(3):
+        scale = integers_and_fit(x, h, scale, zero_point, grid)[0]
+    whole = min_max(x, grid)
+    return (scale, zero_point) if error(x, h, scale, zero_point, grid) < error(x, h, *whole, grid) else whole
 
 
 def error(x, h, scale, zero_point, grid):
@@ -57,7 +82,7 @@ def error(x, h, scale, zero_point, grid):
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 @pytest.mark.parametrize("grid", SEARCHED, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_search_finds_the_best_candidate_of_each_group(grid, granularity, weighted):
+def test_each_group_is_searched_as_the_docstring_says(grid, granularity, weighted):
     w, spec = draw(), QuantSpec(grid, granularity)
     h = torch.rand(40).pow(4) * 10 if weighted else torch.ones(40)
     scale, zero_point = weight_scale(w, spec, h if weighted else None)
@@ -66,19 +91,49 @@ def test_the_search_finds_the_best_candidate_of_each_group(grid, granularity, we
     assert scale.dtype == torch.float32 and zero_point.dtype == torch.int32
     for row, group, x, importance in pieces(w, h, spec):
         s, z = float(scale[row, group]), int(zero_point[row, group])
-        tried = list(candidates(x, grid))
-        assert any(abs(s - t) <= 1e-6 * t and z == zt for t, zt in tried)
-        best = min(error(x, importance, t, zt, grid) for t, zt in tried)
-        assert error(x, importance, s, z, grid) <= best * (1 + 1e-4) + 1e-9
+        expected = error(x, importance, *search(x, importance, grid), grid)
+        # Equal but for candidates that are alike to float32's last digits, and roundings that then differ.
+        assert error(x, importance, s, z, grid) <= expected * 1.01 + 1e-9
+        assert error(x, importance, s, z, grid) <= error(x, importance, *min_max(x, grid), grid) * (1 + 1e-6)
+
+
+def test_the_search_is_as_good_as_a_fine_one():
+    """Against 400 ranges of either sign, each group by itself; at 8 bits the least of 400 draws is partly luck."""
+    torch.manual_seed(1)
+    w, h = torch.randn(64, 128) * torch.rand(64, 1), torch.rand(128).pow(3)
+    x, importance = w.unflatten(1, (4, 32)), h.unflatten(0, (4, 32))
+    for grid in (Int(2), Int(3), Int(4), Int(8), Int(3, symmetric=False), Int(4, symmetric=False)):
+        scale, zero_point = weight_scale(w, QuantSpec(grid, PerGroup(32)), h)
+        whole = [[min_max(group, grid) for group in row] for row in x]
+        s, z = (torch.tensor([[pair[i] for pair in row] for row in whole])[..., None] for i in (0, 1))
+        fine = torch.full((64, 4), torch.inf, dtype=torch.float64)
+        for ratio in (1.05 - 0.0025 * i for i in range(400)):
+            for sign in (1, -1) if grids.can_be_negative(grid) else (1,):
+                x_hat = grids.decode(grids.encode(x, sign * ratio * s, z, grid), sign * ratio * s, z, grid)
+                fine = torch.minimum(fine, ((x_hat - x).double().square() * importance).sum(-1))
+        x_hat = grids.decode(grids.encode(x, scale, zero_point, grid), scale, zero_point, grid)
+        found = ((x_hat - x).double().square() * importance).sum()
+        assert found <= (1.04 if grid.bits < 8 else 1.3) * fine.sum(), (grid, found / fine.sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_sign_puts_the_longer_side_where_the_weights_are(bits):
+    w = torch.tensor([[1.0, 0.9, 0.8, -0.3, 0.1, 0.5, -0.2, 0.95]])
+    scale, _ = weight_scale(w, QuantSpec(Int(bits), PerChannel()))
+    mirrored, _ = weight_scale(-w, QuantSpec(Int(bits), PerChannel()))
+    assert mirrored.item() > 0
+    assert (scale.item() < 0) == (bits <= 4)
+    if bits <= 4:
+        assert scale == -mirrored
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 @pytest.mark.parametrize("grid", SEARCHED, ids=str)
-def test_min_max_is_the_first_candidate(grid, granularity):
+def test_min_max_is_the_whole_range(grid, granularity):
     w, spec = draw(), QuantSpec(grid, granularity, range="minmax")
     scale, zero_point = weight_scale(w, spec, torch.rand(40))
     for row, group, x, _ in pieces(w, torch.ones(40), spec):
-        s, z = next(candidates(x, grid))
+        s, z = min_max(x, grid)
         assert abs(float(scale[row, group]) - s) <= 1e-6 * s and int(zero_point[row, group]) == z
 
 
@@ -164,7 +219,7 @@ def test_zeros_denormals_and_giants_get_a_usable_scale(grid, granularity):
     for spec in (QuantSpec(grid, granularity), QuantSpec(grid, granularity, range="minmax")):
         for h in (None, torch.zeros(40), torch.rand(40)):
             scale, zero_point = weight_scale(w, spec, h)
-            assert torch.isfinite(scale).all() and torch.isfinite(scale.reciprocal()).all() and (scale > 0).all()
+            assert torch.isfinite(scale).all() and torch.isfinite(scale.reciprocal()).all() and (scale != 0).all()
             assert (zero_point >= 0).all() and (zero_point <= max(grids.limits(grid)[1], 0)).all()
         if not isinstance(granularity, PerTensor):  # what is 0 stays 0, or next to it where the grid has no 0
             no_zero = isinstance(grid, Balanced | Binary)

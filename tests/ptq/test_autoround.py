@@ -1,6 +1,9 @@
-"""AutoRound against Algorithm 1 written out for one linear layer, and its promise never to end worse."""
+"""AutoRound and Block-AP against their equations written out for one linear layer, and their promise never to end
+worse."""
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,10 +12,13 @@ from torch import nn
 from quantailor.models.prepare import prepare
 from quantailor.nn.fake_quant import FakeQuantLinear, set_rounded
 from quantailor.ptq.autoround import AutoRound
+from quantailor.ptq.blockap import BlockAP
 from quantailor.ptq.driver import calibrate
 from quantailor.ptq.gptq import GPTQ
 from quantailor.recipe import Recipe
 from quantailor.spec import Scheme
+
+RATED = BlockAP(seed=5, learning_rate=0.05, scale_share=0.2)
 
 
 def layer(scheme="w3a16-g8", rows=5, length=20):
@@ -26,8 +32,37 @@ def layer(scheme="w3a16-g8", rows=5, length=20):
     return module
 
 
-def descent_by_definition(module, batches, targets, steps, seed, limits, looks):
-    """Eq. 3-5 with V and alpha a weight and a group, gradients by autograd of the plain formula."""
+class SignDescent:
+    """Algorithm 1's step: the rate falls from 1 / steps to 0, V stays within half a step."""
+
+    def __init__(self, v, alpha, steps, method):
+        self.v, self.alpha, self.steps, self.limits = v, alpha, steps, method.alpha
+
+    def __call__(self, step, grad_v, grad_alpha):
+        rate = (1 - (step - 1) / self.steps) / self.steps
+        self.v.sub_(rate * grad_v.sign()).clamp_(-0.5, 0.5)
+        self.alpha.sub_(rate * grad_alpha.sign()).clamp_(*self.limits)
+
+
+class AdamByDefinition:
+    """Adam as in Kingma and Ba 2015, Algorithm 1, on a cosine."""
+
+    def __init__(self, v, alpha, steps, method):
+        self.steps, self.betas = steps, method.betas
+        self.moving = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in (v, alpha)]
+        self.rates = (method.learning_rate, method.scale_share * method.learning_rate)
+
+    def __call__(self, step, *gradients):
+        (b1, b2), fall = self.betas, 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
+        for (p, m, s), rate, g in zip(self.moving, self.rates, gradients):
+            m.copy_(b1 * m + (1 - b1) * g)
+            s.copy_(b2 * s + (1 - b2) * g * g)
+            p.sub_(rate * fall * (m / (1 - b1**step)) / ((s / (1 - b2**step)).sqrt() + 1e-8))
+
+
+def descent_by_definition(module, batches, targets, method, stepper):
+    """w_hat with V and alpha a weight and a group, gradients by autograd of the plain formula."""
+    steps, looks = method.steps, method.looks
     quantizer, length = module.weight_quantizer, module.in_features
     group = torch.arange(length) // 8
     w = module.weight.detach()
@@ -47,16 +82,15 @@ def descent_by_definition(module, batches, targets, steps, seed, limits, looks):
             w_hat = weight(v, alpha)
             return sum(float(((x @ w_hat.T) - t).square().mean()) for x, t in zip(batches, targets)) / len(batches)
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(method.seed)
     best, kept = total(), (v.detach().clone(), alpha.detach().clone())
+    take_step, order = stepper(v.data, alpha.data, steps, method), []
     for step in range(1, steps + 1):
-        rate = (1 - (step - 1) / steps) / steps
-        i = int(torch.randint(len(batches), (1,), generator=generator))
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        i = order.pop()
         loss = ((batches[i] @ weight(v, alpha).T) - targets[i]).square().mean()
         grad_v, grad_alpha = torch.autograd.grad(loss, (v, alpha))
-        with torch.no_grad():
-            v.sub_(rate * grad_v.sign()).clamp_(-0.5, 0.5)
-            alpha.sub_(rate * grad_alpha.sign()).clamp_(*limits)
+        take_step(step, grad_v, grad_alpha)
         if step % (steps // looks) == 0 and (now := total()) < best:
             best, kept = now, (v.detach().clone(), alpha.detach().clone())
     v, alpha = kept
@@ -67,16 +101,15 @@ def descent_by_definition(module, batches, targets, steps, seed, limits, looks):
 
 @pytest.mark.parametrize("scheme", ["w3a16-g8", "w2a16-g8-asym"])
 @pytest.mark.parametrize("steps", [8, 40])
-def test_it_is_algorithm_1(scheme, steps):
+@pytest.mark.parametrize("method, stepper", [(AutoRound(seed=5), SignDescent), (RATED, AdamByDefinition)])
+def test_it_is_what_its_equations_say(scheme, steps, method, stepper):
     module = layer(scheme)
+    method = dataclasses.replace(method, steps=steps)
     torch.manual_seed(1)
     batches = [torch.randn(12, 20) for _ in range(3)]
     float_weight = module.weight.detach() + 0.02 * torch.randn(5, 20)
     targets = [x @ float_weight.T for x in batches]
-    method = AutoRound(steps=steps, seed=5)
-    expected_q, expected_scale = descent_by_definition(
-        copy.deepcopy(module), batches, targets, steps, 5, method.alpha, method.looks
-    )
+    expected_q, expected_scale = descent_by_definition(copy.deepcopy(module), batches, targets, method, stepper)
     runs = [lambda x=x: module(x) for x in batches]
     report = method.refine(module, {"layer": module}, runs, targets, [None] * 3)
     assert report["layer"]["block_loss"][1] < report["layer"]["block_loss"][0]
@@ -84,18 +117,20 @@ def test_it_is_algorithm_1(scheme, steps):
     torch.testing.assert_close(module.weight_quantizer.scale.squeeze(-1), expected_scale)
 
 
-def test_a_start_that_cannot_be_beaten_is_kept():
+@pytest.mark.parametrize("method", [AutoRound(steps=12), BlockAP(steps=12)])
+def test_a_start_that_cannot_be_beaten_is_kept(method):
     module = layer()
     before = module.weight_quantizer.integers(module.weight_ON), module.weight_quantizer.scale.clone()
     x = torch.randn(9, 20)
     target = module(x).detach()  # loss 0
-    report = AutoRound(steps=12).refine(module, {"layer": module}, [lambda: module(x)], [target], [None])
+    report = method.refine(module, {"layer": module}, [lambda: module(x)], [target], [None])
     assert report["layer"]["best_step"] == 0
     assert torch.equal(module.weight_quantizer.integers(module.weight_ON), before[0])
     assert torch.equal(module.weight_quantizer.scale, before[1])
 
 
-def test_padding_does_not_count():
+@pytest.mark.parametrize("method", [AutoRound(steps=16), BlockAP(steps=16)])
+def test_padding_does_not_count(method):
     torch.manual_seed(2)
     x = torch.randn(2, 6, 20)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
@@ -104,19 +139,33 @@ def test_padding_does_not_count():
         module = layer()
         target = (x @ (module.weight.detach() + 0.03).T).clone()
         target[1, 3:] += junk
-        AutoRound(steps=16).refine(module, {"layer": module}, [lambda m=module: m(x)], [target], [mask])
+        method.refine(module, {"layer": module}, [lambda m=module: m(x)], [target], [mask])
         results.append(module.weight_quantizer.integers(module.weight_ON))
     assert torch.equal(*results)
 
 
-def test_in_the_driver_no_block_ends_worse(tiny_lm):
+def test_a_weight_may_leave_its_cell_only_where_nothing_binds_it():
+    """A target two steps away from the start: AutoRound stays next to it, Block-AP gets there."""
+    results = []
+    for method in (AutoRound(steps=400, alpha=(1.0, 1.0)), BlockAP(steps=400, learning_rate=0.05)):
+        module = layer("w4a16-g8")
+        before = module.weight_quantizer.integers(module.weight_ON).int()
+        wanted = (before + 2 * torch.where(before > 0, -1, 1)).float() * 0.07
+        x = torch.eye(20)
+        method.refine(module, {"layer": module}, [lambda m=module, x=x: m(x)], [x @ wanted.T], [None])
+        results.append((module.weight_quantizer.integers(module.weight_ON).int() - before).abs().max())
+    assert results[0] <= 1 < results[1]
+
+
+@pytest.mark.parametrize("kind", [AutoRound, BlockAP])
+def test_in_the_driver_no_block_ends_worse(tiny_lm, kind):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_lm)
     state = prepare(model, Recipe(Scheme.parse("w2a16-g32")))
     ids = torch.randint(3, 200, (4, 24), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
-    calibrate(model, batches, lambda _name, method=AutoRound(steps=20, start=GPTQ()): method)
+    calibrate(model, batches, lambda _name, method=kind(steps=20, start=GPTQ()): method)
     losses = [report["block_loss"] for report in state.layers.values()]
     assert losses and all(after <= before for before, after in losses)
     assert any(after < before for before, after in losses)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from quantailor import ptq
 from quantailor.errors import UntrustedInput
 from quantailor.models.prepare import FAKE_QUANT, pack_model, prepare
 from quantailor.models.structure import modules_of
@@ -290,9 +291,10 @@ def test_every_method_copes_with_experts(method):
     layers.forward = lambda x: layers["layers"][1](layers["layers"][0](x))
     batches = [{"x": torch.randn(n, 16)} for n in (1, 20, 2)]
     prepare(layers, Recipe(W3))
-    state = calibrate(layers, batches, lambda _: METHODS[method])
+    state = calibrate(layers, batches, lambda _: ptq.method(method))
     assert set(state.layers) == set(integers(layers)) and len(state.layers) == 8
-    assert {state.layers[f"layers.{i}.gate"]["method"] for i in range(2)} == {method}
+    solver = method if hasattr(METHODS[method], "solve") else "rtn"  # a part that finds no integers is given RTN
+    assert {state.layers[f"layers.{i}.gate"]["method"] for i in range(2)} == {solver}
     assert all(report["method"] in METHODS for report in state.layers.values())
     assert torch.isfinite(layers(batches[1]["x"])).all()
 
@@ -492,3 +494,25 @@ def test_progress_counts_every_layer():
     prepare(model := zoo.llama(), Recipe(W3, rules))
     calibrate(model, batches_of((7, 3)), lambda _: GPTQ(), Counting())
     assert steps[0] == ("calibrating", 16) and sum(steps[1:]) == 16
+
+
+def test_the_float_path_goes_on_through_blocks_that_ask_for_nothing():
+    """A kept block, and one whose method has no use for it, stand before one that pairs rows with the float model's."""
+    model, batches, crossing, plain = zoo.llama(layers=4), batches_of((9, 4), (6,)), Spy(needs_float_path=True), Spy()
+    keep = Rule(Keep("kept"), pattern="model.layers.1.*")
+    prepare(prepared := copy.deepcopy(model), Recipe(W3, (keep,)))
+    calibrate(prepared, batches, lambda name: crossing if name.startswith("model.layers.3.") else plain)
+    name, pairs = "model.layers.3.self_attn.q_proj", []
+    for one in (prepared, model):
+        rows = []
+        handle = one.get_submodule(name).register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0]))
+        with torch.no_grad():
+            for batch in batches:
+                one(**batch)
+                rows[-1] = rows[-1][batch["attention_mask"].bool()]
+        handle.remove()
+        pairs.append(torch.cat(rows))
+    size = float(crossing.seen[0].cross.abs().max())
+    torch.testing.assert_close(crossing.seen[0].cross, pairs[0].T @ pairs[1], rtol=1e-4, atol=1e-5 * size)
+    assert not torch.allclose(pairs[0].T @ pairs[0], pairs[0].T @ pairs[1], rtol=1e-2), "the two paths differ here"
+    assert all(statistics.cross is None for statistics in plain.seen)

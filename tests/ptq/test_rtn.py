@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from quantailor import ptq
 from quantailor.numerics import grids
 from quantailor.numerics.grouping import to_groups
 from quantailor.observers.weights import weight_scale
@@ -38,14 +39,15 @@ def test_every_weight_goes_to_the_nearest_level(scheme, weighted):
 def test_the_contract_of_every_method(method, scheme, statistics):
     """Integers on the grid, scales and zero points in their shapes, and a report that names the method."""
     spec, w = Scheme.parse(scheme).weight, torch.randn(9, 100)
-    solution = METHODS[method].solve(w, statistics(), spec)
+    solution = ptq.method(method).solve(w, statistics(), spec)
     qmin, qmax, _ = grids.limits(spec.grid)
     assert solution.q.shape == w.shape and int(solution.q.min()) >= qmin and int(solution.q.max()) <= qmax
     groups = 1 if spec.group_size is None else -(-100 // spec.group_size)
     assert solution.scale.shape == solution.zero_point.shape == (9, groups, 1)
-    assert (solution.scale > 0).all() and torch.isfinite(solution.scale).all()
-    assert solution.report["method"] in METHODS and (statistics() is not None or solution.report["method"] == "rtn")
-    assert isinstance(METHODS[method].needs_hessian, bool)
+    assert (solution.scale != 0).all() and torch.isfinite(solution.scale).all()
+    assert solution.report["method"] in METHODS
+    assert statistics() is not None or solution.report["method"] in ("rtn", "hqq")  # what works without data
+    assert isinstance(ptq.method(method).needs_hessian, bool)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -57,8 +59,8 @@ def test_no_weight_and_no_input_gives_a_level_that_is_not_finite(case, spec, met
     if "row" in case:  # dead inputs, and one that drowns the others
         statistics.diagonal[:9], statistics.hessian[:9], statistics.hessian[:, :9] = 0, 0, 0
         statistics.hessian[20, 20] = statistics.diagonal[20] = 1e12
-    solution = METHODS[method].solve(w, statistics, spec)
+    solution = ptq.method(method).solve(w, statistics, spec)
     qmin, qmax, _ = grids.limits(spec.grid)
     assert int(solution.q.min()) >= qmin and int(solution.q.max()) <= qmax
     levels = grids.decode(to_groups(solution.q, spec.group_size), solution.scale, solution.zero_point, spec.grid)
-    assert torch.isfinite(levels).all() and (solution.scale > 0).all()
+    assert torch.isfinite(levels).all() and (solution.scale != 0).all()

@@ -104,7 +104,7 @@ class World:
             "methods": ("rtn", "gptq"),
             **goal,
         }
-        data = SimpleNamespace(batches=lambda *a, **k: iter([{}]), task="lm", __len__=lambda: 1)
+        data = SimpleNamespace(calibration_batches=lambda *a, **k: ([{}], []), task="lm", __len__=lambda: 1)
         held = type("Data", (), {"__len__": lambda self: 9, "task": "classification" if self.higher else "lm"})()
         recipe = Recipe(Scheme.parse("w4a16"))
         return Ladder(self.model, recipe, data, held, Goal(**options), clock=lambda: self.now).climb()
@@ -320,12 +320,12 @@ def test_the_person_watching_hears_of_each_rung(monkeypatch):
         def say(self, line):
             lines.append(line)
 
-    world = World(monkeypatch, rtn=15.0, gptq=10.1)
+    world = World(monkeypatch, rtn=15.0, qronos=10.1)
     held = type("Data", (), {"__len__": lambda self: 9, "task": "lm"})()
-    data = SimpleNamespace(batches=lambda *a, **k: iter([{}]), task="lm")
+    data = SimpleNamespace(calibration_batches=lambda *a, **k: ([{}], []), task="lm")
     Ladder(world.model, Recipe(Scheme.parse("w4a16")), data, held, Goal(), Watching(), clock=lambda: world.now).climb()
 
-    assert [line.split()[0] for line in lines] == ["float", "rtn", "gptq"]
+    assert [line.split()[0] for line in lines] == ["float", "rtn", "qronos"]
     assert "perplexity 15.0000  +50.00%" in lines[1]
 
 
