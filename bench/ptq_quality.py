@@ -10,7 +10,7 @@ float, our methods run again on its layers alone. What could not run is in the t
 
 Every measurement is kept in --cache and only what is missing is run; --only limits what is run, and whatever the cache
 has stands in the table. --seconds with --again keeps the quality figures
-and takes the time and memory once more. Calibration: 128 rows of 256 tokens of TinyStories' training text, drawn by
+and takes the time and memory once more. Calibration: 128 rows (--rows) of 256 tokens of TinyStories' training text, drawn by
 the seeds 0, 1, ...; evaluation: all of its validation text. Needs the models and texts named in docs/BENCHMARKS.md;
 QUANTAILOR_DATA points at them. The last line is JSON.
 """
@@ -100,16 +100,22 @@ class Case:
     bits: int
     group_size: int
     draw: int
+    rows: int
     layers: tuple[str, ...] | None = None
 
     def file(self, cache: Path) -> Path:
         folder = cache / f"{self.model}-w{self.bits}g{self.group_size}"
         part = "" if self.layers is None else f"-of-{coverage_hash(self.layers)}"
-        return folder / f"{self.entry.name.replace(':', '_')}{part}-draw{self.draw}.json"
+        return folder / f"{self.entry.name.replace(':', '_')}{part}-draw{self.draw}{_rows(self.rows)}.json"
 
     def __str__(self) -> str:
         part = "" if self.layers is None else f" on {len(self.layers)} layers"
         return f"{self.model} w{self.bits} draw {self.draw} {self.entry.name}{part}"
+
+
+def _rows(rows: int) -> str:
+    """What marks files of another number of calibration rows than the usual one."""
+    return "" if rows == ROWS else f"-rows{rows}"
 
 
 def coverage_hash(layers: Sequence[str]) -> str:
@@ -170,12 +176,12 @@ class Bench:
         return self.judges[model]
 
     def calibration(self, model: str, draw: int) -> Path:
-        """The rows drawn by seed `draw`, int32 [128, 256], written once."""
-        path = self.options.cache / "calibration" / f"{model}-draw{draw}.npy"
+        """The rows drawn by seed `draw`, int32 [rows, 256], written once."""
+        path = self.options.cache / "calibration" / f"{model}-draw{draw}{_rows(self.options.rows)}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             train = examples_for(self.judge(model).float, DATA / "text" / "tinystories" / "train.txt", context=CONTEXT)
-            drawn = train.batches(16, shuffle=True, seed=draw, limit=ROWS)
+            drawn = train.batches(16, shuffle=True, seed=draw, limit=self.options.rows)
             np.save(path, torch.cat([batch["input_ids"] for batch in drawn]).numpy().astype(np.int32))
         return path
 
@@ -296,7 +302,7 @@ def run_all(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[Case, R
                 for entry in RIVALS:
                     if entry.bits is not None and bits not in entry.bits:
                         continue
-                    case = Case(entry, model, bits, options.group_size, draw if entry.draws else 0)
+                    case = Case(entry, model, bits, options.group_size, draw if entry.draws else 0, options.rows)
                     result = bench.measure(case)
                     if result is None:
                         continue
@@ -308,7 +314,7 @@ def run_all(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[Case, R
                         yield case, result, where
                 for where, layers in coverages.items():
                     for entry in ours:
-                        case = Case(entry, model, bits, options.group_size, draw, layers)
+                        case = Case(entry, model, bits, options.group_size, draw, options.rows, layers)
                         result = bench.measure(case)
                         if result is not None:
                             yield case, result, where
@@ -335,29 +341,32 @@ def summary(results: Sequence[Result]) -> Result:
         "settings": results[-1]["settings"],
         "notes": sorted({note for r in results for note in r["notes"]}),
         "ratios": ratios,
+        "kls": [f["kl"] for f in figures],
     }
 
 
 def verdict(rows: dict[str, Result]) -> Result | None:
-    """The best rival against our best: ratios of perplexity and of KL, with an interval over paired draws."""
+    """The best rival against our best, by perplexity and by KL: ratios, with an interval over paired draws."""
     sound = {name: row for name, row in rows.items() if "error" not in row}
     theirs = {n: r for n, r in sound.items() if not n.startswith("ours")}
     own = {n: r for n, r in sound.items() if n.startswith("ours")}
     if not theirs or not own:
         return None
-    best, mine = (min(group, key=lambda n: group[n]["ratio"]) for group in (theirs, own))
-    a, b = own[mine]["ratios"], theirs[best]["ratios"]
-    b = b * len(a) if len(b) == 1 else b
-    paired = [x / y for x, y in zip(a, b)] if len(a) == len(b) else [own[mine]["ratio"] / theirs[best]["ratio"]]
-    return {
-        "best_rival": best,
-        "ours": mine,
-        "perplexity_over_best_rival": statistics.mean(paired),
-        "interval": interval(paired),
-        "excess_ours": own[mine]["excess"],
-        "excess_best_rival": theirs[best]["excess"],
-        "kl_over_best_rival": own[mine]["kl"] / theirs[best]["kl"] if theirs[best]["kl"] else None,
-    }
+    found: Result = {}
+    for figure, each in (("ratio", "ratios"), ("kl", "kls")):
+        best, mine = (min(group, key=lambda n: group[n][figure]) for group in (theirs, own))
+        a, b = own[mine][each], theirs[best][each]
+        b = b * len(a) if len(b) == 1 else b
+        paired = [x / y for x, y in zip(a, b)] if len(a) == len(b) else [own[mine][figure] / theirs[best][figure]]
+        found["perplexity" if figure == "ratio" else "kl"] = {
+            "best_rival": best,
+            "ours": mine,
+            "of_the_rivals": statistics.mean(paired),
+            "interval": interval(paired),
+            "best_rival_value": theirs[best][figure],
+            "our_value": own[mine][figure],
+        }
+    return found
 
 
 def printed(rows: dict[str, Result], final: Result | None) -> str:
@@ -371,11 +380,11 @@ def printed(rows: dict[str, Result], final: Result | None) -> str:
         span = f"{low_high[0]:.4f}..{low_high[1]:.4f}" if low_high else ""
         figures = f"{row['kl']:10.5f}{row['top1_agreement']:8.2%}{row['seconds']:9.1f}{row['peak_rss_mib']:7.0f}"
         lines.append(f"{name:24}{row['ratio']:10.4f} {span:>19}{figures}{row['draws']:6}")
-    if final:
-        span = f" ({final['interval'][0]:.4f}..{final['interval'][1]:.4f})" if final["interval"] else ""
+    for figure, found in (final or {}).items():
+        span = f" ({found['interval'][0]:.4f}..{found['interval'][1]:.4f})" if found["interval"] else ""
         lines.append(
-            f"  best rival {final['best_rival']} {final['excess_best_rival']:+.4f}, ours {final['ours']} "
-            f"{final['excess_ours']:+.4f}: perplexity {final['perplexity_over_best_rival']:.4f}{span} of the rival's"
+            f"  {figure}: best rival {found['best_rival']} {found['best_rival_value']:.5f}, {found['ours']} "
+            f"{found['our_value']:.5f}: {found['of_the_rivals']:.4f}{span} of the rival's"
         )
     return "\n".join(lines)
 
@@ -386,7 +395,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--methods", default="rtn,gptq,qronos,autoround", help="of ours, by comma; chains as well")
+    parser.add_argument("--rows", type=int, default=ROWS, help="calibration rows of 256 tokens, for everybody")
+    parser.add_argument("--methods", default="rtn,gptq,qronos,blockap", help="of ours, by comma; chains as well")
     parser.add_argument("--only", nargs="*", default=[], help="entries or tools to take, such as ours or brevitas:*")
     parser.add_argument("--again", nargs="*", default=[], help="entries to measure although the cache has them")
     parser.add_argument("--seconds", action="store_true", help="of --again keep the quality, take time and memory only")
@@ -413,7 +423,7 @@ def main() -> None:
     document = {
         "question": "PTQ quality beside other tools",
         "group_size": options.group_size,
-        "calibration": {"rows": ROWS, "tokens": CONTEXT, "seeds": list(range(options.draws))},
+        "calibration": {"rows": options.rows, "tokens": CONTEXT, "seeds": list(range(options.draws))},
         "threads": options.threads,
         "commit": commit(),
         "environment": environment(),

@@ -29,7 +29,7 @@ LEARNING_RATES = {1: 0.003, 2: 0.003, 3: 0.003, 4: 0.001, 5: 0.001, 6: 0.0005, 7
 @dataclass(frozen=True)
 class BlockAP(BlockDescent):
     name = "blockap"
-    steps: int = 200
+    steps: int = 300
     learning_rate: float | None = None  # None: what LEARNING_RATES has for the layer's bits
     scale_share: float = 0.33  # alpha's rate, of V's
     betas: tuple[float, float] = (0.9, 0.99)

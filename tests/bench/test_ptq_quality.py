@@ -48,24 +48,26 @@ def test_levels_are_counted_in_each_group(bench, group_size):
 
 def test_the_verdict_pairs_our_draws_with_the_rivals(bench):
     rows = {
-        "ours:gptq": bench.summary([result(1.02), result(1.04)]),
-        "ours:rtn": bench.summary([result(1.10)]),
+        "ours:gptq": bench.summary([result(1.02, kl=0.3), result(1.04, kl=0.3)]),
+        "ours:rtn": bench.summary([result(1.10, kl=0.2)]),
         "a": bench.summary([result(1.03), result(1.08)]),
         "b": bench.summary([{"error": "no CUDA"}]),
-        "c": bench.summary([result(1.20)]),
+        "c": bench.summary([result(1.20, kl=0.05)]),
     }
     final = bench.verdict(rows)
-    assert (final["ours"], final["best_rival"]) == ("ours:gptq", "a")
-    assert final["perplexity_over_best_rival"] == pytest.approx((1.02 / 1.03 + 1.04 / 1.08) / 2)
-    assert final["excess_best_rival"] == pytest.approx(0.055)
-    assert "could not run: no CUDA" in bench.printed(rows, final).splitlines()[-2]
+    by_perplexity, by_kl = final["perplexity"], final["kl"]
+    assert (by_perplexity["ours"], by_perplexity["best_rival"]) == ("ours:gptq", "a")
+    assert by_perplexity["of_the_rivals"] == pytest.approx((1.02 / 1.03 + 1.04 / 1.08) / 2)
+    assert by_perplexity["best_rival_value"] == pytest.approx(1.055)
+    assert (by_kl["ours"], by_kl["best_rival"], by_kl["of_the_rivals"]) == ("ours:rtn", "c", pytest.approx(4.0))
+    assert "could not run: no CUDA" in bench.printed(rows, final).splitlines()[-3]
     del rows["ours:gptq"], rows["ours:rtn"]
     assert bench.verdict(rows) is None
 
 
 def test_a_data_free_rival_is_paired_with_every_draw(bench):
     rows = {"ours:x": bench.summary([result(1.1), result(1.3)]), "hqq": bench.summary([result(1.2)])}
-    assert bench.verdict(rows)["perplexity_over_best_rival"] == pytest.approx((1.1 + 1.3) / 2 / 1.2)
+    assert bench.verdict(rows)["perplexity"]["of_the_rivals"] == pytest.approx((1.1 + 1.3) / 2 / 1.2)
 
 
 def options(tmp_path, **more):
