@@ -9,10 +9,10 @@ float, our methods run again on its layers alone. What could not run is in the t
     python bench/ptq_quality.py stories260k --again 'ours:gptq' 'gptqmodel:*'               measure these once more
 
 Every measurement is kept in --cache and only what is missing is run; --only limits what is run, and whatever the cache
-has stands in the table. --seconds with --again keeps the quality figures
-and takes the time and memory once more. Calibration: 128 rows (--rows) of 256 tokens of TinyStories' training text, drawn by
-the seeds 0, 1, ...; evaluation: all of its validation text. Needs the models and texts named in docs/BENCHMARKS.md;
-QUANTAILOR_DATA points at them. The last line is JSON.
+has stands in the table. --seconds with --again keeps the quality figures and takes the time and memory once more.
+Calibration: 128 rows (--rows) of 256 tokens of TinyStories' training text, drawn by the seeds 0, 1, ...; evaluation:
+all of its validation text. Needs the models and texts named in docs/BENCHMARKS.md; QUANTAILOR_DATA points at them. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Case:
     bits: int
     group_size: int
     draw: int
-    rows: int
     layers: tuple[str, ...] | None = None
+    rows: int = ROWS
 
     def file(self, cache: Path) -> Path:
         folder = cache / f"{self.model}-w{self.bits}g{self.group_size}"
@@ -302,7 +302,8 @@ def run_all(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[Case, R
                 for entry in RIVALS:
                     if entry.bits is not None and bits not in entry.bits:
                         continue
-                    case = Case(entry, model, bits, options.group_size, draw if entry.draws else 0, options.rows)
+                    number = draw if entry.draws else 0
+                    case = Case(entry, model, bits, options.group_size, number, rows=options.rows)
                     result = bench.measure(case)
                     if result is None:
                         continue
@@ -314,7 +315,7 @@ def run_all(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[Case, R
                         yield case, result, where
                 for where, layers in coverages.items():
                     for entry in ours:
-                        case = Case(entry, model, bits, options.group_size, draw, options.rows, layers)
+                        case = Case(entry, model, bits, options.group_size, draw, layers, options.rows)
                         result = bench.measure(case)
                         if result is not None:
                             yield case, result, where
