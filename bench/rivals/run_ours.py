@@ -20,13 +20,13 @@ if job.only is not None:
     rules = [Rule(Keep("a rival leaves it float"), pattern=name) for name in kept]
 scheme = f"w{job.bits}a16-g{job.group_size}"
 with job.timed():
-    quantized = qt.quantize_module(model, scheme, job.batches(16), method=job.variant, rules=rules)
+    quantized = qt.quantize_module(model, scheme, job.batches(4), method=job.variant, rules=rules)
 with torch.no_grad():
     weights = {name: module.fake_weight() for name, module in modules_of(quantized, FAKE_QUANT)}
 state = quantized.quantailor_state
 job.finish(
     weights,
-    settings={"scheme": scheme, "method": job.variant, "batch_size": 16},
+    settings={"scheme": scheme, "method": job.variant, "batch_size": 4},
     packages=["quantailor"],
     notes=state.notes,
     layers=state.layers,

@@ -54,7 +54,7 @@ class Examples:
         return batching.batches(self.dataset, self.collator, batch_size, shuffle=shuffle, seed=seed, limit=limit)
 
     def calibration_batches(
-        self, samples: int, *, seed: int = 0, batch_size: int = 8
+        self, samples: int, *, seed: int = 0, batch_size: int = 4
     ) -> tuple[list[dict[str, Tensor]], list[str]]:
         """(`samples` rows drawn by `seed`, each once, in padded batches; what has to be said about them).
 

@@ -26,12 +26,15 @@ class BlockDescent:
 
     `steps` of descent, each on one batch of calibration rows; `looks`: how often the loss over all of them is taken.
     The best iterate is kept, the start included: on that data a block never ends worse than it began.
+    `half`: products of a step in bfloat16 (None: where the hardware has them and no layer has more than 4 bits, whose
+    own error is far larger than a product's rounding); losses that choose an iterate are always taken in float32.
     """
 
     name = "block descent"
     steps: int = 200
     looks: int = 4
     seed: int = 0
+    half: bool | None = None
     start: Method = field(default_factory=Qronos)
     needs_hessian: bool = True
     needs_float_path: bool = True
@@ -86,13 +89,15 @@ class BlockDescent:
         best_step, kept = 0, [r.copy() for r in rounding]
         every = max(1, self.steps // self.looks)
         parameters = [p for r in rounding for p in (r.v, r.alpha)]
-        take_step = self.stepper(rounding)
+        take_step, half = self.stepper(rounding), self._in_half(rounding)
         order: list[int] = []  # every batch once, then every batch again in another order
         for step in range(1, self.steps + 1):
             order = order or torch.randperm(len(runs), generator=generator).tolist()
             i = order.pop()
             with torch.enable_grad():
-                loss = block_loss(runs[i](), targets[i], masks[i])
+                with torch.autocast(rounding[0].w.device.type, torch.bfloat16, enabled=half):
+                    output = runs[i]()
+                loss = block_loss(output, targets[i], masks[i])
                 # Zeros where the batch reached no such layer, as an expert.
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             distributed.mean_(gradients)
@@ -107,6 +112,15 @@ class BlockDescent:
             r.v.data.copy_(v)
             r.alpha.data.copy_(alpha)
         return start, best, best_step
+
+    def _in_half(self, rounding: list[Rounding]) -> bool:
+        if self.half is not None:
+            return self.half
+        if any(r.spec.grid.bits > 4 for r in rounding):
+            return False
+        if rounding[0].w.device.type == "cuda":
+            return torch.cuda.is_bf16_supported()
+        return torch.cpu._is_amx_tile_supported()
 
 
 class Rounding(nn.Module):

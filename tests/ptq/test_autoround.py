@@ -18,7 +18,7 @@ from quantailor.ptq.gptq import GPTQ
 from quantailor.recipe import Recipe
 from quantailor.spec import Scheme
 
-RATED = BlockAP(seed=5, learning_rate=0.05, scale_share=0.2)
+RATED = BlockAP(seed=5, half=False, learning_rate=0.05, scale_share=0.2)
 
 
 def layer(scheme="w3a16-g8", rows=5, length=20):
@@ -101,7 +101,7 @@ def descent_by_definition(module, batches, targets, method, stepper):
 
 @pytest.mark.parametrize("scheme", ["w3a16-g8", "w2a16-g8-asym"])
 @pytest.mark.parametrize("steps", [8, 40])
-@pytest.mark.parametrize("method, stepper", [(AutoRound(seed=5), SignDescent), (RATED, AdamByDefinition)])
+@pytest.mark.parametrize("method, stepper", [(AutoRound(seed=5, half=False), SignDescent), (RATED, AdamByDefinition)])
 def test_it_is_what_its_equations_say(scheme, steps, method, stepper):
     module = layer(scheme)
     method = dataclasses.replace(method, steps=steps)
