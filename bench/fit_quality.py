@@ -21,7 +21,7 @@ from pathlib import Path
 import quantailor as qt
 from quantailor.api import environment, examples_for
 
-# (scheme) -> what the ladder ought to end with, by the plain references of the issue it answers
+# PTQ is enough for the first; the last needs training
 SCHEMES = ("w8a8", "w4a16-g32", "w2a16-g32")
 DATA = Path(os.environ.get("QUANTAILOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -90,6 +90,54 @@ def sst2_line() -> str:
     )
 
 
+def ptq_table() -> str:
+    """Ours and the rivals on every layer of the blocks: perplexity over float, KL, seconds."""
+    head = "| model | bits | tool | perplexity / float | KL | seconds | draws |"
+    lines = [head, "|---|---:|---|---|---:|---:|---:|"]
+    for case in read("ptq_quality")["cases"]:
+        if case["layers"] != "all layers":
+            continue
+        rows = sorted((row["ratio"], name, row) for name, row in case["rows"].items() if "error" not in row)
+        for value, name, row in rows:
+            low_high = row["ratio_interval"]
+            spread = f" ({low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
+            bold = "**" if name.startswith("ours") else ""
+            lines.append(
+                f"| {case['model']} | {case['bits']} | {bold}{name.replace('ours:', 'quantailor ')}{bold} "
+                f"| {value:.4f}{spread} | {row['kl']:.5f} | {row['seconds']:.1f} | {row['draws']} |"
+            )
+    return "\n".join(lines)
+
+
+def absolute_table() -> str:
+    """Ours alone, with more calibration rows."""
+    data = read("ptq_quality_512")
+    lines = ["| model | bits | method | perplexity / float | KL |", "|---|---:|---|---:|---:|"]
+    for case in data["cases"]:
+        for name, row in case["rows"].items():
+            low_high = row["ratio_interval"]
+            spread = f" ({low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
+            lines.append(
+                f"| {case['model']} | {case['bits']} | {name.removeprefix('ours:')} | {row['ratio']:.4f}{spread} "
+                f"| {row['kl']:.5f} |"
+            )
+    return "\n".join(lines)
+
+
+def cost_table() -> str:
+    lines = ["| inputs x outputs | bits | tool | seconds (quartiles) | output error |", "|---|---:|---|---|---:|"]
+    for row in read("ptq_cost")["rows"]:
+        if "failed" in row:
+            lines.append(f"| {row['size']} | {row['bits']} | {row['tool']} | could not run: {row['failed']} | – |")
+            continue
+        low, high = row["quartiles"]
+        lines.append(
+            f"| {row['size']} | {row['bits']} | {row['tool']} | {row['seconds']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {row['error']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = {
         "demo": lambda: "```\n" + table(read("demo")) + "\n```",
@@ -97,6 +145,9 @@ def main() -> None:
         "guard": guard_table,
         "control": control_table,
         "sst2": sst2_line,
+        "ptq": ptq_table,
+        "ptq512": absolute_table,
+        "cost": cost_table,
     }
     for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md"):
         path = ROOT / page
