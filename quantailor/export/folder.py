@@ -447,7 +447,7 @@ _DTYPES = {
     "input_scale": torch.float32,
     "output_scale": torch.float32,
 }
-_POSITIVE = ("packed.scale_second", "input_scale", "output_scale")
+_SCALES = ("packed.scale", "packed.scale_second", "input_scale", "output_scale")
 
 
 def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tensor]) -> None:
@@ -462,16 +462,11 @@ def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tenso
                 continue
             if tensor.dtype != dtype:
                 raise UntrustedInput(f"{name} is of type {tensor.dtype}, and {dtype} is meant; use a sound copy")
-            if part in _POSITIVE and not bool((tensor > 0).all()):
-                raise UntrustedInput(
-                    f"scale {name} holds {float(tensor.min()):.3g}; a scale is positive: use a sound copy"
-                )
-            if part == "packed.scale" and not bool(
-                ((tensor != 0) if can_be_negative(spec.grid) else (tensor > 0)).all()
-            ):
-                raise UntrustedInput(
-                    f"scale {name} holds {float(tensor.min()):.3g}, which its grid cannot have; use a sound copy"
-                )
+            signed = part == "packed.scale" and can_be_negative(spec.grid)
+            if part in _SCALES and not bool(((tensor != 0) if signed else (tensor > 0)).all()):
+                bad = tensor[tensor == 0 if signed else tensor <= 0]
+                rule = "not 0 on this grid" if signed else "positive"
+                raise UntrustedInput(f"scale {name} holds {float(bad[0]):.3g}; a scale is {rule}: use a sound copy")
             if part == "packed.zero_point" and int(tensor.max()) >= 2**bits:
                 raise UntrustedInput(
                     f"{name} holds {int(tensor.max())}, outside its grid of {bits} bits; use a sound copy"
