@@ -25,12 +25,12 @@ class AutoRound(BlockDescent):
     name = "autoround"
     alpha: tuple[float, float] = (0.5, 1.5)
 
-    def stepper(self, rounding: list[Rounding]) -> Callable[[int], None]:
+    def stepper(self, rounding: list[Rounding], steps: int) -> Callable[[int], None]:
         """Sign descent; the rate falls from 1 / steps to 0."""
 
         @torch.no_grad()
         def take_step(step: int) -> None:
-            rate = (1 - (step - 1) / self.steps) / self.steps
+            rate = (1 - (step - 1) / steps) / steps
             for r in rounding:
                 assert r.v.grad is not None and r.alpha.grad is not None
                 r.v.sub_(rate * r.v.grad.sign()).clamp_(-0.5, 0.5)

@@ -43,7 +43,11 @@ class BlockDescent:
         """The layer's start; `refine` then moves all of a block's layers together."""
         return self.start.solve(weight_ON, statistics, spec)
 
-    def stepper(self, rounding: list[Rounding]) -> Callable[[int], None]:
+    def num_steps(self, rounding: list[Rounding]) -> int:
+        """How many steps these layers get."""
+        return self.steps
+
+    def stepper(self, rounding: list[Rounding], steps: int) -> Callable[[int], None]:
         """What takes step 1 .. `steps`, once each parameter has its gradient."""
         raise NotImplementedError
 
@@ -87,11 +91,12 @@ class BlockDescent:
         generator = torch.Generator().manual_seed(self.seed)
         start = best = total_loss(runs, targets, masks)
         best_step, kept = 0, [r.copy() for r in rounding]
-        every = max(1, self.steps // self.looks)
+        steps = self.num_steps(rounding)
+        every = max(1, steps // self.looks)
         parameters = [p for r in rounding for p in (r.v, r.alpha)]
-        take_step, half = self.stepper(rounding), self._in_half(rounding)
+        take_step, half = self.stepper(rounding, steps), self._in_half(rounding)
         order: list[int] = []  # every batch once, then every batch again in another order
-        for step in range(1, self.steps + 1):
+        for step in range(1, steps + 1):
             order = order or torch.randperm(len(runs), generator=generator).tolist()
             i = order.pop()
             with torch.enable_grad():

@@ -30,11 +30,17 @@ LEARNING_RATES = {1: 0.003, 2: 0.003, 3: 0.003, 4: 0.001, 5: 0.001, 6: 0.0005, 7
 class BlockAP(BlockDescent):
     name = "blockap"
     steps: int = 300
+    steps_at_2_bits: int = 600  # and below: there the start is bad, and more steps still pay
     learning_rate: float | None = None  # None: what LEARNING_RATES has for the layer's bits
     scale_share: float = 0.33  # alpha's rate, of V's
     betas: tuple[float, float] = (0.9, 0.99)
 
-    def stepper(self, rounding: list[Rounding]) -> Callable[[int], None]:
+    def num_steps(self, rounding: list[Rounding]) -> int:
+        """`steps`, or more where a layer has 2 bits or fewer."""
+        few = any(r.spec.grid.bits <= 2 for r in rounding)
+        return max(self.steps, self.steps_at_2_bits) if few else self.steps
+
+    def stepper(self, rounding: list[Rounding], steps: int) -> Callable[[int], None]:
         """Adam; both rates fall from their value to 0 on half a cosine."""
         groups, rates = [], []
         for r in rounding:
@@ -45,7 +51,7 @@ class BlockAP(BlockDescent):
 
         def take_step(step: int) -> None:
             for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
             optimizer.step()
             with torch.no_grad():
                 for r in rounding:

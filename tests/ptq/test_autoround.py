@@ -18,7 +18,10 @@ from quantailor.ptq.gptq import GPTQ
 from quantailor.recipe import Recipe
 from quantailor.spec import Scheme
 
-RATED = BlockAP(seed=5, half=False, learning_rate=0.05, scale_share=0.2)
+RATED = BlockAP(seed=5, half=False, steps_at_2_bits=0, learning_rate=0.05, scale_share=0.2)
+
+
+FEW = {AutoRound: {"steps": 20}, BlockAP: {"steps": 20, "steps_at_2_bits": 0}}
 
 
 def layer(scheme="w3a16-g8", rows=5, length=20):
@@ -157,6 +160,24 @@ def test_a_weight_may_leave_its_cell_only_where_nothing_binds_it():
     assert results[0] <= 1 < results[1]
 
 
+def test_two_bits_get_more_steps():
+    counted = {}
+    for scheme in ("w2a16-g8", "w3a16-g8"):
+        taken = []
+
+        @dataclasses.dataclass(frozen=True)
+        class Counting(BlockAP):
+            def stepper(self, rounding, steps, taken=taken):
+                return taken.append
+
+        module = layer(scheme)
+        method = Counting(steps=3, steps_at_2_bits=5)
+        x = torch.randn(4, 20)
+        method.refine(module, {"layer": module}, [lambda m=module, x=x: m(x)], [torch.zeros(4, 5)], [None])
+        counted[scheme] = taken
+    assert counted == {"w2a16-g8": [1, 2, 3, 4, 5], "w3a16-g8": [1, 2, 3]}
+
+
 @pytest.mark.parametrize("kind", [AutoRound, BlockAP])
 def test_in_the_driver_no_block_ends_worse(tiny_lm, kind):
     from transformers import AutoModelForCausalLM
@@ -165,7 +186,7 @@ def test_in_the_driver_no_block_ends_worse(tiny_lm, kind):
     state = prepare(model, Recipe(Scheme.parse("w2a16-g32")))
     ids = torch.randint(3, 200, (4, 24), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
-    calibrate(model, batches, lambda _name, method=kind(steps=20, start=GPTQ()): method)
+    calibrate(model, batches, lambda _name, method=dataclasses.replace(kind(start=GPTQ()), **FEW[kind]): method)
     losses = [report["block_loss"] for report in state.layers.values()]
     assert losses and all(after <= before for before, after in losses)
     assert any(after < before for before, after in losses)
