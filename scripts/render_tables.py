@@ -109,6 +109,24 @@ def ptq_table() -> str:
     return "\n".join(lines)
 
 
+def best_table() -> str:
+    """The best rival (least KL to the float model) and our best, every layer of the blocks."""
+    head = "| model | bits | best of the others | perplexity / float | KL | quantailor | perplexity / float | KL |"
+    lines = [head, "|---|---:|---|---:|---:|---|---:|---:|"]
+    for case in read("ptq_quality")["cases"]:
+        rows = {name: row for name, row in case["rows"].items() if "error" not in row}
+        ours = {name: row for name, row in rows.items() if name.startswith("ours")}
+        theirs = {name: row for name, row in rows.items() if name not in ours}
+        if case["layers"] != "all layers" or not ours or not theirs:
+            continue
+        cells = [case["model"], str(case["bits"])]
+        for group in (theirs, ours):
+            name = min(group, key=lambda n: group[n]["kl"])
+            cells += [name.removeprefix("ours:"), f"{group[name]['ratio']:.4f}", f"{group[name]['kl']:.5f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def absolute_table() -> str:
     """Ours alone, with more calibration rows."""
     data = read("ptq_quality_512")
@@ -145,6 +163,7 @@ def main() -> None:
         "guard": guard_table,
         "control": control_table,
         "sst2": sst2_line,
+        "best": best_table,
         "ptq": ptq_table,
         "ptq512": absolute_table,
         "cost": cost_table,
