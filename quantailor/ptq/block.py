@@ -60,8 +60,9 @@ class BlockDescent:
         `masks[i]` [B, T] says which rows count.
         """
         movable = {n: m for n, m in layers.items() if not isinstance(m.weight_quantizer.spec.grid, NF4)}
+        left = {n: {self.name: "left as it was: NF4 has no steps to round between"} for n in layers if n not in movable}
         if not movable:
-            return {n: {self.name: "left as it was: NF4 has no steps to round between"} for n in layers}
+            return left
         frozen = [(p, p.requires_grad) for p in block.parameters()]
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
@@ -82,7 +83,7 @@ class BlockDescent:
                 module.weight_quantizer.set_scale(scale, module.weight_quantizer.zero_point)
                 set_rounded(module, q)
         report = {"method": self.name, "block_loss": [start, best], "best_step": step}
-        return {name: dict(report) for name in movable}
+        return left | {name: dict(report) for name in movable}
 
     def _descend(
         self, rounding: list[Rounding], runs: Runs, targets: Sequence[Tensor], masks: Masks

@@ -191,3 +191,12 @@ def test_in_the_driver_no_block_ends_worse(tiny_lm, kind):
     assert losses and all(after <= before for before, after in losses)
     assert any(after < before for before, after in losses)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_that_cannot_be_moved_is_told_of_beside_those_that_can():
+    able, unable = layer(), FakeQuantLinear(nn.Linear(20, 5, bias=False), Scheme.parse("nf4"))
+    x = torch.randn(4, 20)
+    report = BlockAP(steps=2).refine(
+        nn.ModuleList([able, unable]), {"a": able, "b": unable}, [lambda: able(x)], [torch.zeros(4, 5)], [None]
+    )
+    assert report["a"]["method"] == "blockap" and "NF4 has no steps" in report["b"]["blockap"]
