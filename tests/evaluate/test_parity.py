@@ -62,6 +62,11 @@ def grow_scale(module):
     module.packed.scale.view(-1)[3] *= 1.5
 
 
+def turn_scale(module):
+    """Legal on a grid of 4 bits, where a scale may be negative, so that loading cannot refuse it."""
+    module.packed.scale.view(-1)[3] *= -1
+
+
 def shift_zero_point(module):
     module.packed.zero_point.view(-1)[0] ^= 1
 
@@ -77,6 +82,7 @@ def grow_input_scale(module):
         ("w4a16-g32", flip_integer, "integers"),
         ("w8a8", grow_scale, "scales"),
         ("w4a16-g32", grow_scale, "scales"),
+        ("w4a16-g32", turn_scale, "scales"),
         ("w3a16-asym", shift_zero_point, "zero points"),
         ("w8a8-static", grow_input_scale, "input scale"),
     ],
