@@ -33,6 +33,7 @@ CHILD = """
 import json, re, time
 import torch, transformers
 import quantailor.api as api
+from quantailor.cost.size import weight_file_bytes
 torch.set_num_threads({threads})
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before, start = peak(), time.monotonic()
@@ -41,7 +42,7 @@ data = [" ".join(f"w{{n}}" for n in row) for row in words]
 done = api.quantize_folder({folder!r}, {scheme!r}, {out!r}, method={method!r}, data=data, samples={samples},
                            context={context}, cache_bytes={cache})
 print(json.dumps({{"before": before, "peak": peak(), "seconds": time.monotonic() - start,
-                  "in_memory_because": done.in_memory_because, "bytes_on_disk": api.weight_file_bytes(done.out)}}))
+                  "in_memory_because": done.in_memory_because, "bytes_on_disk": weight_file_bytes(done.out)}}))
 """
 
 

@@ -41,7 +41,5 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     api = import_module("quantailor.api")
-    if name == "Keep":
-        return import_module("quantailor.recipe").Keep
     # `quantailor.evaluate` is the package that measures; the verb has the shell's name.
     return getattr(api, "evaluate" if name == "eval" else name)

@@ -3,6 +3,6 @@
 Folders in compressed-tensors layout need no such import.
 """
 
-from quantailor.export.plugin import register
+from quantailor.formats.plugin import register
 
 register()

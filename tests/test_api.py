@@ -15,7 +15,8 @@ from quantailor import api
 from quantailor.data.loading import load_examples
 from quantailor.errors import QualityGateFailed, UntrustedInput, UsageError
 from quantailor.store.manifest import verify
-from tests.export.making import bytes_of, edited, quantized, records, rule, saved, texts
+from quantailor.verbs import fitting
+from tests.formats.making import bytes_of, edited, quantized, records, rule, saved, texts
 
 Q_PROJ, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 FAST = api.Settings(steps=4, batch_size=4, evaluations=2)
@@ -437,14 +438,14 @@ def test_fit_that_fails_its_own_check_saves_nothing(lm, tmp_path, monkeypatch):
     def broken(path):
         return dataclasses.replace(sound(path), differing={Q_PROJ: "integers"})
 
-    monkeypatch.setattr(api, "check", broken)
+    monkeypatch.setattr(fitting, "check", broken)
     with pytest.raises(QualityGateFailed, match=f"the packed model is not the simulated one \\({Q_PROJ}\\)"):
         qt.fit(lm, texts(30, 1), "w8a8", tmp_path / "out", goal=GOAL, context=64)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fit_refuses_before_it_measures(lm, folder_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "Ladder", lambda *a: pytest.fail("refused before any work"))
+    monkeypatch.setattr(fitting, "Ladder", lambda *a: pytest.fail("refused before any work"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("x")
     for model, scheme, out, options, told in (
@@ -478,7 +479,7 @@ def test_a_goal_out_of_range_is_refused(options):
 
 def test_the_command_in_the_report_can_be_pasted(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/quantailor", "fit", "my model", "--rule", "*.q_proj=keep"])
-    assert api._command() == "quantailor fit 'my model' --rule '*.q_proj=keep'"
+    assert fitting._command() == "quantailor fit 'my model' --rule '*.q_proj=keep'"
 
 
 def test_examples_can_be_given_instead_of_paths(lm, tmp_path):

@@ -11,14 +11,15 @@ import quantailor
 
 PACKAGE = Path(quantailor.__file__).parent
 FLOORS = (
-    ("__init__", "errors", "spec", "recipe", "progress"),
+    ("__init__", "environment", "errors", "spec", "recipe", "progress"),
     ("numerics", "store"),
     ("kernels", "observers"),
     ("nn",),
     ("models", "data"),
     ("ptq", "qat", "cost", "evaluate"),
-    ("search", "export", "report"),
-    ("api", "hf"),
+    ("searching", "formats", "pages"),
+    ("verbs", "hf"),
+    ("api",),
     ("demo",),
     ("cli", "__main__"),
 )
@@ -52,7 +53,7 @@ def imported(tree: ast.AST) -> list[tuple[str, int]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative"
-            # `from quantailor.export import layout` imports the module; `from quantailor.spec import Int` a name of one
+            # `from quantailor.formats import layout` imports the module; `from quantailor.spec import Int` a name
             full = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in MODULES else node.module for name in full]
         found += [(name, node.lineno) for name in names if name.split(".")[0] == "quantailor"]

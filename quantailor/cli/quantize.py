@@ -48,6 +48,7 @@ def quantize(
     Example:  quantailor quantize ./model --scheme w4a16-g32 --data calib.txt --out ./model-w4
     """
     from quantailor import api
+    from quantailor.cost.size import bits_per_weight, weight_file_bytes
     from quantailor.ptq import distributed
     from quantailor.store.publish import check_out
 
@@ -86,8 +87,8 @@ def quantize(
         "out": str(out),
         "scheme": str(state.scheme),
         "method": state.method,
-        "size_bytes": api.weight_file_bytes(out),
-        "bits_per_weight": api.bits_per_weight(out, weights),
+        "size_bytes": weight_file_bytes(out),
+        "bits_per_weight": bits_per_weight(out, weights),
         "coverage": state.inventory.coverage,
         "notes": state.notes,
         "inventory": [entry.to_json() for entry in state.inventory],

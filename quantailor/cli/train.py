@@ -54,6 +54,7 @@ def train(
     quantailor train ./encoder --scheme float --data train.jsonl --out ./classifier
     """
     from quantailor import api
+    from quantailor.cost.size import weight_file_bytes
     from quantailor.store.publish import check_out
 
     inputs = [p for p in (model, data, eval_data) if p is not None]
@@ -94,7 +95,7 @@ def train(
         "start": list(report.start),
         "best": list(report.best),
         "learning_rate": report.learning_rate,
-        "size_bytes": api.weight_file_bytes(out),
+        "size_bytes": weight_file_bytes(out),
         "notes": trained.notes,
     }
     text = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantailor import api
-from tests.export.making import quantized, saved, trained, write_corpus
+from tests.formats.making import quantized, saved, trained, write_corpus
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from quantailor.cli.main import run
-from tests.export.making import bytes_of
+from tests.formats.making import bytes_of
 
 
 @dataclass(frozen=True)

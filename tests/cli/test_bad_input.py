@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.shell import Ran, shell, untouched
-from tests.export.making import drop, put, write_records
+from tests.formats.making import drop, put, write_records
 
 
 def refused(earlier, command: str, *args: object, status: int, told: str) -> Ran:

@@ -7,7 +7,7 @@ import pytest
 
 from quantailor import api
 from tests.cli.shell import Process, untouched
-from tests.export.making import bytes_of
+from tests.formats.making import bytes_of
 
 LONG = (
     "--scheme",

@@ -7,7 +7,7 @@ import pytest
 from quantailor import api, demo
 from quantailor.store.manifest import verify
 from tests.cli.shell import Ran, shell, untouched
-from tests.export.making import bytes_of, edited, texts
+from tests.formats.making import bytes_of, edited, texts
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from quantailor import api
 from quantailor.cost.size import bits_per_weight, num_weights, weight_file_bytes
-from tests.export.making import quantized, records, rule, saved
+from tests.formats.making import quantized, records, rule, saved
 
 
 @pytest.fixture(scope="module")

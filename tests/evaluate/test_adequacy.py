@@ -29,11 +29,12 @@ from quantailor.evaluate.adequacy import (
 )
 from quantailor.evaluate.inputs import LayerInputs, fold_numbers, gather, weight_of
 from quantailor.spec import Scheme
+from quantailor.verbs.judging import _solver
 from tests.models import zoo
 
 
 def solver(scheme="w4a16-g32", method="gptq"):
-    return api._solver(Scheme.parse(scheme), ptq.method(method))
+    return _solver(Scheme.parse(scheme), ptq.method(method))
 
 
 def records(*lengths, seed=0):

@@ -9,7 +9,7 @@ import torch
 from quantailor import api
 from quantailor.evaluate.parity import compare, differing, digests, num_integers
 from quantailor.models.prepare import pack_model, unpack_model
-from tests.export.making import quantized, rule
+from tests.formats.making import quantized, rule
 
 Q_PROJ, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 

@@ -20,7 +20,7 @@ from quantailor.ptq.driver import calibrate
 from quantailor.ptq.statistics import Statistics
 from quantailor.recipe import Recipe
 from quantailor.spec import Int, Scheme
-from tests.export.making import bytes_of, texts
+from tests.formats.making import bytes_of, texts
 from tests.models import zoo
 
 

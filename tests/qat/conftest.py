@@ -3,7 +3,7 @@
 import pytest
 
 from quantailor import api
-from tests.export.making import quantized, records, texts, trained
+from tests.formats.making import quantized, records, texts, trained
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from quantailor.report.markdown import fit_page
+from quantailor.pages.markdown import fit_page
 
 DATA = {
     "verdict": "hybrid",

@@ -10,11 +10,11 @@ import torch
 
 from quantailor import api
 from quantailor.errors import QuantailorError, UntrustedInput, UsageError
-from quantailor.export.folder import read_folder
+from quantailor.formats.folder import read_folder
 from quantailor.models.prepare import FAKE_QUANT, PACKED
 from quantailor.models.structure import modules_of
 from quantailor.store.manifest import verify
-from tests.export.making import bytes_of, drop, edited, put, quantized, saved, weights_in
+from tests.formats.making import bytes_of, drop, edited, put, quantized, saved, weights_in
 
 EMBEDDING_AND_HEAD = (("model.embed_tokens", "w8a16"), ("lm_head", "w8a16"))
 GPT2_TIED = (("transformer.wte", "w4a16-g16"), ("lm_head", "w4a16-g16"))
@@ -415,7 +415,7 @@ def test_hashes_can_be_skipped_but_shapes_cannot(saved_as, tmp_path):
 
 def test_a_loaded_model_can_be_trained_further(saved_as, lm, tmp_path):
     """transformers marks what it loads as quantized, and its Trainer refuses such a model."""
-    from tests.export.making import texts
+    from tests.formats.making import texts
 
     _, folder = saved_as("llama", "w4a16-g32")
     settings = api.Settings(steps=2, batch_size=2, evaluations=1)

@@ -81,7 +81,7 @@ def gpt2(gpt2_folder) -> api.Model:
 @pytest.fixture(scope="session")
 def saved_as(tmp_path_factory, lm, classifier, tied, half, gpt2):
     """saved_as(model, scheme) -> (simulated model, its folder), each made once. Tests copy what they change."""
-    from tests.export.making import quantized, rule, saved
+    from tests.formats.making import quantized, rule, saved
 
     sources = {"llama": lm, "bert": classifier, "tied": tied, "half": half, "gpt2": gpt2}
     made: dict[tuple, tuple[api.Model, Path]] = {}

@@ -10,7 +10,7 @@ import torch
 
 from quantailor import api
 from quantailor.errors import UntrustedInput
-from quantailor.export import plugin
+from quantailor.formats import plugin
 from quantailor.nn.activation_quantizer import quantize_activation
 from quantailor.nn.packed import QuantLinear
 from quantailor.spec import Scheme

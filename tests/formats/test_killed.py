@@ -8,7 +8,7 @@ import time
 
 from quantailor import api
 from quantailor.store.manifest import verify
-from tests.export.making import bytes_of
+from tests.formats.making import bytes_of
 
 KILLS = 12
 

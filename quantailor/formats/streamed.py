@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from quantailor.evaluate.parity import Digests, digests
-from quantailor.export import folder as folders
-from quantailor.export import layout
+from quantailor.formats import folder as folders
+from quantailor.formats import layout
 from quantailor.models.loading import Skeleton
 from quantailor.models.prepare import State
 from quantailor.nn.packed import PackedWeight

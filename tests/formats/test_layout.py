@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantailor.export.layout import (
+from quantailor.formats.layout import (
     compressed_tensors_config,
     from_compressed_tensors,
     to_compressed_tensors,

@@ -15,8 +15,8 @@ from quantailor.errors import UsageError
 from quantailor.progress import Progress, go_on, stop_with
 from quantailor.ptq import stream as streams
 from quantailor.store.publish import DiskFull
-from tests.export.conftest import _llama
-from tests.export.making import bytes_of, records, rule, texts
+from tests.formats.conftest import _llama
+from tests.formats.making import bytes_of, records, rule, texts
 
 KILLS = 10
 
@@ -293,7 +293,7 @@ def test_too_small_a_disk_is_said_before_any_work(folder_of, tmp_path, monkeypat
 
 
 def test_shards_and_their_index(folder_of, tmp_path, monkeypatch):
-    from quantailor.export import streamed
+    from quantailor.formats import streamed
     from quantailor.store import tensors
 
     whole = quantize_deep(folder_of["deep"], tmp_path / "one").out

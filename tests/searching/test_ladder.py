@@ -21,10 +21,10 @@ from quantailor.progress import Progress
 from quantailor.qat.settings import Settings
 from quantailor.qat.train import TrainReport
 from quantailor.recipe import Inventory, Recipe
-from quantailor.search import ladder as ladder_module
-from quantailor.search.ladder import Goal, Ladder, relative_loss
+from quantailor.searching import ladder as ladder_module
+from quantailor.searching.ladder import Goal, Ladder, relative_loss
 from quantailor.spec import Scheme
-from tests.export.making import records, texts, trained
+from tests.formats.making import records, texts, trained
 
 
 class World:

@@ -27,7 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantailor.errors import QuantailorError, UntrustedInput, UsageError
 from quantailor.evaluate.parity import Digests, digests
-from quantailor.export import layout, plugin
+from quantailor.formats import layout, plugin
 from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
 from quantailor.models.prepare import FAKE_QUANT, PACKED, State, state_of
 from quantailor.nn.packed import PackedWeight, packed

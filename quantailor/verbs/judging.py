@@ -1,0 +1,173 @@
+"""What looks and measures: `evaluate`, `check`, `adequacy`, `generate`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantailor import ptq
+from quantailor.data.encode import encode, start_token
+from quantailor.data.examples import Examples
+from quantailor.data.loading import Data
+from quantailor.errors import UntrustedInput, UsageError
+from quantailor.evaluate.adequacy import Adequacy, Solve, examine
+from quantailor.evaluate.parity import Parity, compare
+from quantailor.evaluate.run import evaluate as measure
+from quantailor.formats import folder as folders
+from quantailor.models.loading import (
+    device_of,
+)
+from quantailor.models.prepare import unpack_model
+from quantailor.nn.weight_quantizer import WeightQuantizer
+from quantailor.numerics.measures import relative_max_difference
+from quantailor.progress import Progress
+from quantailor.ptq.chain import Chain
+from quantailor.ptq.statistics import Statistics
+from quantailor.spec import Scheme
+from quantailor.verbs.model import (
+    Model,
+    Result,
+    as_model,
+    check_comparable,
+    default_probe,
+    examples_for,
+)
+
+
+def adequacy(
+    model: str | Path | Model,
+    data: Data | Examples,
+    *,
+    eval_data: Data | Examples | None = None,
+    scheme: str | Scheme = "w4a16-g32",
+    method: str = "gptq",
+    samples: int = 128,
+    context: int = 256,
+    seed: int = 0,
+    at_most: int | None = None,
+    progress: Progress | None = None,
+) -> Adequacy:
+    """Whether the calibration rows that `quantize` would draw are enough for `scheme`, and of the right kind.
+
+    `eval_data`: what the quantized model will be measured on; without it the model's own expectations are all there is
+    to compare with. `at_most` looks at so many rows only, and extrapolates. Nothing is quantized.
+    Raises: UsageError, UntrustedInput as the parts do.
+    """
+    source = as_model(model)
+    if source.state is not None:
+        raise UsageError("the model is quantized already; judge calibration data with its float parent")
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"seed={seed} must be 0 or more and below 2^31")
+    solve = _solver(scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme), ptq.method(method))
+    calibration = examples_for(source, data, context=context)
+    evaluation = None if eval_data is None else examples_for(source, eval_data, context=context)
+    with (progress or Progress()).counted("looking at rows") as report:
+        return examine(
+            source.model,
+            calibration,
+            evaluation=evaluation,
+            solve=solve,
+            solver=method,
+            samples=samples,
+            seed=seed,
+            at_most=at_most,
+            progress=report,
+            **({} if at_most is None else {"splits": 2, "max_layers": 2}),
+        )
+
+
+def _solver(scheme: Scheme, method: Chain) -> Solve:
+    """`method`'s answer for one weight and one X^T X, back on real numbers; a float path counts as unchanged."""
+    spec = scheme.weight
+    if spec is None:
+        raise UsageError(f"scheme {scheme} leaves weights in float, and nothing is calibrated for them; name another")
+
+    def solve(weight_ON: Tensor, hessian_NN: Tensor, num_rows: int) -> Tensor:
+        statistics = Statistics(hessian_NN.diagonal().clone(), hessian_NN, hessian_NN, num_rows)
+        found = method.solve(weight_ON, statistics, spec)
+        quantizer = WeightQuantizer(spec, weight_ON.shape[0], weight_ON.shape[1], weight_ON.device)
+        quantizer.set_scale(found.scale, found.zero_point)
+        return quantizer.dequantize(found.q).detach()
+
+    return solve
+
+
+def evaluate(
+    model: str | Path | Model,
+    data: Data | Examples,
+    *,
+    reference: str | Path | Model | None = None,
+    context: int = 256,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Perplexity of a language model or accuracy of a classifier, with a 95 % interval; against `reference` also KL
+    and agreement. Raises: UsageError, UntrustedInput as the parts do."""
+    ready = as_model(model)
+    examples = examples_for(ready, data, context=context)
+    other = as_model(reference) if reference is not None else None
+    if other is not None:
+        check_comparable(ready, other, "reference")
+    bar = progress or Progress()
+    with bar.counted("evaluating") as report:
+        return measure(ready.model, examples, reference=other.model if other else None, limit=limit, progress=report)
+
+
+def check(path: str | Path) -> Parity:
+    """Prove that a saved folder serves what was trained.
+
+    Every layer's integers and scales are held against the digests that the simulated model had when it was packed;
+    then both executions of the folder run on the probe, layer by layer, and the simulated model's own logits of that
+    day are compared as well.
+    """
+    loaded = folders.read_folder(Path(path))
+    simulated = unpack_model(copy.deepcopy(loaded.model))
+    stored = folders.stored_probe(Path(path), loaded.model.config)
+    probe = stored[0] if stored else default_probe(Model(loaded.model, loaded.tokenizer, loaded.task))
+    parity = compare(simulated, loaded.model, probe, expected=folders.expected_digests(loaded.receipt))
+    if stored is None:
+        return parity
+    now, then = folders.last_logits(loaded.model, probe), stored[1]
+    if now.shape != then.shape:
+        raise UntrustedInput(f"{path}: the logits kept with the probe have another shape; use a sound copy")
+    difference = relative_max_difference(now, then)
+    top1 = bool((now.argmax(-1) == then.argmax(-1)).all())
+    return dataclasses.replace(
+        parity, max_logit_difference=max(parity.max_logit_difference, difference), top1_equal=parity.top1_equal and top1
+    )
+
+
+def generate(model: str | Path | Model, prompt: str, *, max_new_tokens: int = 64) -> str:
+    """Greedy text from a language model: the prompt and what follows it."""
+    ready = as_model(model)
+    if ready.task != "lm":
+        raise UsageError("only a language model generates text; this one classifies")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens={max_new_tokens} generates nothing; use 1 or more")
+    if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise UsageError("the prompt is not UTF-8; give valid text")
+    tokens = next(encode([prompt], ready.tokenizer))
+    if not tokens:
+        raise UsageError("the prompt has no tokens; give some text")
+    ids = torch.tensor([*start_token(ready.tokenizer), *tokens])[None]  # as documents open in training and measuring
+    positions = getattr(ready.model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and ids.shape[1] + max_new_tokens > positions:
+        raise UsageError(
+            f"{ids.shape[1]} tokens of prompt and max_new_tokens={max_new_tokens} are more than the model's "
+            f"{positions} positions; ask for fewer"
+        )
+    pad = ready.tokenizer.pad_token_id if ready.tokenizer.pad_token_id is not None else ready.tokenizer.eos_token_id
+    ids = ids.to(device_of(ready.model))
+    with torch.inference_mode():
+        output = ready.model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    return str(ready.tokenizer.decode(output[0], skip_special_tokens=True))

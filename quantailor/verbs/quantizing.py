@@ -1,0 +1,138 @@
+"""PTQ: `quantize`, and the same for any `nn.Module`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from quantailor import ptq
+from quantailor.data.examples import Examples
+from quantailor.data.loading import Data
+from quantailor.errors import UsageError
+from quantailor.models.prepare import FAKE_QUANT, State, pack_model, prepare
+from quantailor.models.structure import modules_of
+from quantailor.progress import Progress
+from quantailor.ptq.chain import Chain
+from quantailor.ptq.defaults import one_pass
+from quantailor.ptq.driver import calibrate, methods_of, round_without_data
+from quantailor.recipe import Recipe, Rule
+from quantailor.spec import Scheme
+from quantailor.verbs.model import Model, as_model, examples_for, probe_of
+
+
+def recipe_for(
+    scheme: str | Scheme, rules: Sequence[Rule] = (), *, method: str | None = None, ragged: bool = True
+) -> Recipe:
+    """A recipe from what the commands take. Raises: UsageError for an unknown scheme or method."""
+    parsed = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
+    for name in (method, *(rule.method for rule in rules)):
+        if name is not None:
+            ptq.method(name)
+    if not ragged:
+        parsed = parsed.with_ragged(False)
+        rules = [
+            dataclasses.replace(r, action=r.action.with_ragged(False)) if isinstance(r.action, Scheme) else r
+            for r in rules
+        ]
+    return Recipe(parsed, tuple(rules), method or one_pass(parsed))
+
+
+def quantize(
+    model: str | Path | Model,
+    scheme: str | Scheme,
+    *,
+    method: str | None = None,
+    data: Data | Examples | None = None,
+    samples: int = 128,
+    context: int = 256,
+    rules: Sequence[Rule] = (),
+    ragged: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Model:
+    """Post-training quantization with one method: the given model is left as it is, a simulated one comes back.
+
+    `method`: one of `ptq.METHODS`, or a chain such as `smoothquant+gptq`; None: what ptq/defaults.py has for the
+    scheme. `data`: calibration samples (`samples` rows are drawn); without data only what needs none (RTN, HQQ), on
+    dynamic or weight-only schemes.
+    Raises: UsageError, UntrustedInput as the parts do.
+    """
+    source = as_model(model)
+    if source.state is not None:
+        raise UsageError("the model is quantized already; start from its float parent")
+    recipe = recipe_for_ptq(scheme, rules, method or ("rtn" if data is None else None), ragged, seed)
+    copied = dataclasses.replace(source, model=copy.deepcopy(source.model), notes=list(source.notes))
+    state = prepare(copied.model, recipe)
+    state.method = recipe.method
+    chain = methods_of(state, recipe.method)
+    if data is None:
+        check_without_data(state, chain)
+        round_without_data(modules_of(copied.model, FAKE_QUANT), state, chain)
+        state.notes.append(WITHOUT_DATA)
+        return copied
+    examples = examples_for(copied, data, context=context)
+    batches, notes = drawn(examples, samples, seed)
+    calibrate(copied.model, batches, chain, progress)
+    state.notes += notes
+    copied.probe = probe_of(examples)
+    return copied
+
+
+WITHOUT_DATA = "quantized without data: every input channel counted alike"
+
+
+def recipe_for_ptq(scheme: str | Scheme, rules: Sequence[Rule], method: str | None, ragged: bool, seed: int) -> Recipe:
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"seed={seed} must be 0 or more and below 2^31")
+    recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
+    if recipe.scheme.is_float and not rules:
+        raise UsageError("scheme float quantizes nothing; use `train` with it, or another scheme")
+    return recipe
+
+
+def check_without_data(state: State, chain: Callable[[str], Chain]) -> None:
+    """Raises: UsageError if a method or a static range needs data."""
+    static = state.scheme.input is not None and not state.scheme.input.dynamic
+    if any(chain(e.name).needs_data for e in state.inventory if e.scheme) or static:
+        raise UsageError(
+            f"{state.method} at {state.scheme} needs calibration data; give --data, "
+            "or use --method rtn with a scheme without static ranges"
+        )
+
+
+def drawn(examples: Examples, samples: int, seed: int) -> tuple[list[dict[str, Tensor]], list[str]]:
+    """Calibration batches, and what the receipt says of them."""
+    batches, notes = examples.calibration_batches(samples, seed=seed)
+    return batches, [f"calibration data: {note}" for note in (*examples.notes, *notes)]
+
+
+def quantize_module(
+    module: nn.Module,
+    scheme: str | Scheme,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    method: str | None = None,
+    rules: Sequence[Rule] = (),
+    ragged: bool = True,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """PTQ of any `nn.Module` with Linear, Conv1D, Conv2d or Embedding layers; a simulated copy comes back.
+
+    `batches`: keyword arguments of `module.forward`, one mapping a call. `pack_module` makes integers of the result;
+    `quantailor_state` on it is the inventory. Raises: UsageError, UntrustedInput as the parts do.
+    """
+    recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
+    copied = copy.deepcopy(module)
+    state = prepare(copied, recipe)
+    state.method = recipe.method
+    calibrate(copied, batches, methods_of(state, recipe.method), progress)
+    return copied
+
+
+def pack_module(module: nn.Module) -> nn.Module:
+    """The packed twin of what `quantize_module` returned: integers only. The given module is left as it is."""
+    return pack_model(copy.deepcopy(module))

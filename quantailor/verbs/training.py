@@ -1,0 +1,161 @@
+"""QAT: `train`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantailor.data.examples import Examples
+from quantailor.data.loading import Data, load_examples, overlap, split
+from quantailor.errors import UntrustedInput, UsageError
+from quantailor.evaluate.classification import ClassificationResult
+from quantailor.evaluate.run import evaluate as measure
+from quantailor.formats import folder as folders
+from quantailor.models.loading import (
+    load_tokenizer,
+    task_of,
+)
+from quantailor.models.prepare import unpack_model
+from quantailor.progress import Progress
+from quantailor.qat.settings import Settings
+from quantailor.qat.train import train as run_training
+from quantailor.recipe import Rule
+from quantailor.spec import Scheme
+from quantailor.store.untrusted import scan_model_folder
+from quantailor.verbs.model import Model, as_model, check_comparable, examples_for, load, probe_of
+from quantailor.verbs.quantizing import quantize
+
+
+def train(
+    model: str | Path | Model,
+    data: Data | Examples,
+    *,
+    scheme: str | Scheme | None = None,
+    eval_data: Data | Examples | None = None,
+    teacher: str | Path | Model | None = "self",
+    settings: Settings | None = None,
+    method: str | None = None,
+    samples: int = 128,
+    context: int = 256,
+    rules: Sequence[Rule] = (),
+    ragged: bool = True,
+    progress: Progress | None = None,
+) -> Model:
+    """QAT: from PTQ (done first if the model is float) to the best iterate of training; never worse than its start.
+
+    `scheme` "float" trains without quantization: the task fine-tune of a bare encoder, and the control. `teacher`
+    "self" is the float model itself, None leaves only the task's loss. Without `eval_data` a tenth of `data` is held
+    out to choose the best iterate. Raises: UsageError, UntrustedInput as the parts do.
+    """
+    settings = settings or Settings()
+    parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
+    source, train_data, new_head = _for_training(model, data, context, settings.seed)
+    if source.state is None and parsed is None:
+        raise UsageError("the model is float: name a scheme to train for, or `float` for a plain fine-tune")
+    if source.state is not None and parsed is not None:
+        raise UsageError(
+            f"the model is quantized already ({source.state.scheme}); leave the scheme out to train it further"
+        )
+    notes = list(source.notes) + [f"training data: {note}" for note in train_data.notes]
+    if eval_data is None:
+        train_data, held_out = split(train_data, 0.1, settings.seed)
+        notes.append(
+            f"no evaluation data: {len(held_out)} rows of the training data are held out to choose the best iterate"
+        )
+    else:
+        held_out = examples_for(source, eval_data, context=context)
+        if shared := overlap(train_data, held_out):
+            notes.append(f"{shared} rows are in both the training and the evaluation data")
+    is_float = parsed is not None and parsed.is_float and not rules
+    if new_head and teacher == "self" and not is_float:
+        teacher = None
+        notes.append("the head is new, so the float model teaches nothing: trained on the task's own loss")
+    reference = None if is_float else _teacher(source, teacher)
+    if reference is None:  # no distance to keep: the task's own loss is all there is
+        settings = dataclasses.replace(settings, kl_weight=0.0, task_weight=settings.task_weight or 1.0)
+    if is_float:
+        started = dataclasses.replace(source, model=copy.deepcopy(source.model))
+    elif source.state is None:
+        assert parsed is not None
+        started = quantize(
+            source,
+            parsed,
+            method=method,
+            data=train_data,
+            samples=samples,
+            rules=rules,
+            ragged=ragged,
+            seed=settings.seed,
+            progress=progress,
+        )
+    else:
+        started = dataclasses.replace(source, model=copy.deepcopy(source.model))
+        unpack_model(started.model)
+
+    def score(candidate: Any) -> tuple[float, ...]:
+        result = measure(candidate, held_out)
+        return (
+            (-result.value, result.mean_loss) if isinstance(result, ClassificationResult) else (result.nats_per_token,)
+        )
+
+    report = run_training(
+        started.model, train_data, score, settings, teacher=reference.model if reference else None, progress=progress
+    )
+    if started.state is not None:
+        started.state.notes += report.notes
+        if report.improved:
+            started.state.method += "+qat"
+    return dataclasses.replace(
+        started, training=report, notes=notes + report.notes, probe=probe_of(held_out), details={}
+    )
+
+
+def _for_training(
+    model: str | Path | Model, data: Data | Examples, context: int, seed: int
+) -> tuple[Model, Examples, bool]:
+    """The model, its data, and whether it was a bare encoder: that gets a head for these classes, drawn by `seed`."""
+    if isinstance(model, Model):
+        return model, examples_for(model, data, context=context), False
+    folder = Path(model)
+    if isinstance(data, Examples) or not folder.exists() or (folder / folders.RECEIPT).exists():
+        loaded = load(folder)
+        return loaded, examples_for(loaded, data, context=context), False
+    config = scan_model_folder(folder).config
+    if task_of(config) is not None:
+        loaded = load(folder)
+        return loaded, examples_for(loaded, data, context=context), False
+    longest = min(context, config.get("max_position_embeddings") or context)
+    examples = load_examples(data, load_tokenizer(folder), context=longest)
+    if examples.task != "classification":
+        raise UsageError(
+            f"{folder} is a bare encoder, which can be given a head for classification; the data is for {examples.task}"
+        )
+    if examples.num_labels < 2:
+        raise UntrustedInput(
+            f"{examples.source} has the one class {examples.label_names[0]!r}; a head needs two to choose from"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded = load(folder, task="classification", num_labels=examples.num_labels)
+    loaded.model.config.id2label = dict(enumerate(examples.label_names))
+    loaded.model.config.label2id = {name: i for i, name in enumerate(examples.label_names)}
+    return loaded, examples, True
+
+
+def _teacher(source: Model, teacher: str | Path | Model | None) -> Model | None:
+    if teacher is None:
+        return None
+    if teacher != "self":
+        other = as_model(teacher)
+        check_comparable(source, other, "teacher")
+        return other
+    if source.state is not None:
+        raise UsageError(
+            "teacher='self' needs the float model, and this one is quantized; name the float folder as teacher, or None"
+        )
+    return dataclasses.replace(source, model=copy.deepcopy(source.model))
