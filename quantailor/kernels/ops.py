@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantailor.kernels import tiles
 from quantailor.numerics.grouping import from_groups, to_groups
 from quantailor.spec import NF4, Grid, Int
 
+_MOST_SUMS = 4 * 2**20  # 16 MiB of 32-bit sums at a time
 _EXACT_RUN = 1024  # products of at most 2^14 that float32 sums exactly: 2^24 / 2^14
 
 
@@ -34,6 +37,12 @@ class IntegerWeight:
     scale: Tensor
     shift: Tensor | None
     group_size: int | None
+
+    def dequantize(self) -> Tensor:
+        """float32 [O, N]."""
+        q = to_groups(self.q, self.group_size).float()
+        shifted = q if self.shift is None else q + self.shift.unsqueeze(-1)
+        return from_groups(shifted * self.scale.unsqueeze(-1), self.q.shape[1])
 
 
 @dataclass(frozen=True)
@@ -92,31 +101,84 @@ def int_linear(
     x: IntegerInput,
     weight: IntegerWeight,
     bias: Tensor | None,
-    matmul: Callable[[Tensor, Tensor], Tensor] = int_matmul,
+    matmul: Callable[[Tensor, Tensor], Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The formula above, a group at a time. `bias` [O] or None. Returns float32 [..., O].
+    """The formula above. `bias` [O] or None. Returns [..., O] in `dtype`, rounded from float32.
 
+    `matmul` None: the fastest exact product that this machine has for these shapes; the result does not depend on it.
     Raises: ValueError where both sides have groups and not of one size.
     """
+    if torch.compiler.is_compiling() and matmul is None:
+        left, right = (x.q, x.scale, x.group_size, x.columns, x.values), (weight.q, weight.scale, weight.shift)
+        return _as_operator(*left, *right, weight.group_size, bias, dtype)
     length = x.q.shape[-1]
     flat, of_weight, of_input = x.q.reshape(-1, length), weight.group_size, x.group_size
     if of_weight is not None and of_input is not None and of_weight != of_input:
         raise ValueError(f"groups of {of_weight} weights and of {of_input} activations have no common integer sums")
-    size = of_weight or of_input or length
+    if matmul is None and of_input is None and x.columns is None and tiles.fits(flat, weight.q, of_weight):
+        in_bf16 = dtype == torch.bfloat16
+        w = weight
+        y = tiles.tile_linear(flat, x.scale.reshape(-1), w.q, w.scale, w.shift, of_weight, bias, in_bf16).to(dtype)
+        return y.reshape(*x.q.shape[:-1], y.shape[1])
     x_scale = x.scale.reshape(-1, x.scale.shape[-1])  # [T, G], [T, 1] or [1, 1]
-    y = torch.zeros((), device=flat.device)
+    y = torch.empty((flat.shape[0], weight.q.shape[0]), dtype=dtype, device=flat.device)
+    floats = None if x.columns is None else _float_columns(x, weight)
+    # A run of rows at a time: a 32-bit result of more than 32 MiB would be mapped and page-faulted anew at each call.
+    run = max(1, _MOST_SUMS // max(1, weight.q.shape[0]))
+    for start in range(0, flat.shape[0], run):
+        rows = slice(start, start + run)
+        of_rows = x_scale if x_scale.shape[0] == 1 else x_scale[rows]
+        part = _scaled_sums(flat[rows], of_rows, weight, of_input, matmul or int_matmul)
+        part = part if floats is None else part + floats[rows]
+        y[rows] = part if bias is None else part + bias
+    return y.reshape(*x.q.shape[:-1], y.shape[1])
+
+
+@torch.library.custom_op("quantailor::int_linear", mutates_args=())
+def _as_operator(
+    x_q: Tensor,
+    x_scale: Tensor,
+    x_group_size: int | None,
+    columns: Tensor | None,
+    values: Tensor | None,
+    w_q: Tensor,
+    w_scale: Tensor,
+    shift: Tensor | None,
+    group_size: int | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`int_linear` with its sides spread out: what a compiled graph holds."""
+    x = IntegerInput(x_q, x_scale, x_group_size, columns, values)
+    return int_linear(x, IntegerWeight(w_q, w_scale, shift, group_size), bias, None, dtype)
+
+
+@_as_operator.register_fake
+def _(x_q: Tensor, *rest: Any) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], rest[4].shape[0]), dtype=rest[-1])
+
+
+def _scaled_sums(
+    q: Tensor,
+    x_scale: Tensor,
+    weight: IntegerWeight,
+    of_input: int | None,
+    matmul: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The products of integers, times both scales: float32 [T, O], a group at a time."""
+    length = q.shape[1]
+    size = weight.group_size or of_input or length
+    y = torch.zeros((), device=q.device)
     for group, start in enumerate(range(0, length, size)):
         columns = slice(start, min(start + size, length))
-        part = matmul(flat[:, columns], weight.q[:, columns])
-        place = 0 if of_weight is None else group
+        part = matmul(q[:, columns], weight.q[:, columns])
+        place = 0 if weight.group_size is None else group
         if weight.shift is not None:
-            part = part + flat[:, columns].sum(1, keepdim=True, dtype=torch.float32) * weight.shift[:, place]
+            part = part + q[:, columns].sum(1, keepdim=True, dtype=torch.float32) * weight.shift[:, place]
         part = part * weight.scale[:, place]
         y = y + (part if of_input is None else part * x_scale[:, group : group + 1])
-    y = y * x_scale if of_input is None else y
-    y = y if x.columns is None else y + _float_columns(x, weight)
-    y = y if bias is None else y + bias
-    return y.reshape(*x.q.shape[:-1], y.shape[1])
+    return y * x_scale if of_input is None else y
 
 
 def _float_columns(x: IntegerInput, weight: IntegerWeight) -> Tensor:

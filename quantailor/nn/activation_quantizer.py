@@ -8,10 +8,14 @@ is computed with, padding included; a batch of one may take fewer columns out, a
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 import torch
 from torch import Tensor, nn
 
 from quantailor.errors import UsageError
+from quantailor.kernels import passes
 from quantailor.kernels.ops import IntegerInput
 from quantailor.numerics import affine
 from quantailor.numerics.affine import checked_scale
@@ -92,10 +96,49 @@ class ActivationQuantizer(nn.Module):
         g = gradient_scale(x.shape[-1], qmax)  # n of a layer's activations is its features (LSQ, section 2.2)
         return lsq(x.float(), self.scale, 0, qmin, qmax, g=g).to(x.dtype)
 
+    def carrier(self, x: Tensor) -> Tensor:
+        """What carries the gradient past an integer product: `x` itself where the range follows it, so that its
+        gradient is the identity and nothing has to be kept; else `forward`."""
+        return x if self.spec.dynamic and isinstance(self.spec.grid, Int) else self.forward(x)
+
     @torch.no_grad()
     def integers(self, x: Tensor) -> IntegerInput:
-        """What the integer product takes, of `x` [..., N]."""
-        return quantize_activation(x, self.spec, None if self.spec.dynamic else self.scale)
+        """What the integer product takes, of `x` [..., N]; layers given one tensor in turn share its integers."""
+        return shared(x, self.spec) if self.spec.dynamic else quantize_activation(x, self.spec, self.scale)
+
+
+class _Last(threading.local):
+    """The integers of the tensor that was quantized last: q, k and v, or gate and up, are given the same one."""
+
+    x: weakref.ref[Tensor] | None = None
+    version = -1
+    spec: QuantSpec | None = None
+    integers: IntegerInput | None = None
+
+
+_last = _Last()
+
+
+def shared(x: Tensor, spec: QuantSpec) -> IntegerInput:
+    """`quantize_activation` without a static scale, once for layers in a row that are given the very same tensor.
+
+    The integers are let go of together with the tensor.
+    """
+    if torch.compiler.is_compiling() or x.is_inference():  # a compiler finds the repetition itself; no version to see
+        return quantize_activation(x, spec, None)
+    known = _last.x() if _last.x is not None else None
+    if known is x and _last.version == x._version and _last.spec == spec and _last.integers is not None:
+        return _last.integers
+    integers = quantize_activation(x, spec, None)
+    last = _last
+    here = weakref.ref(x, lambda gone: _forget(last, gone))
+    _last.x, _last.version, _last.spec, _last.integers = here, x._version, spec, integers
+    return integers
+
+
+def _forget(last: _Last, gone: weakref.ref[Tensor]) -> None:
+    if last.x is gone:
+        last.x = last.integers = None
 
 
 def quantize_activation(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> IntegerInput:
@@ -109,6 +152,8 @@ def quantize_activation(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> Int
     qmin, qmax = spec.grid.qmin, spec.grid.qmax
     if scale is not None:
         return IntegerInput(affine.quantize(x.float(), scale, 0, qmin, qmax), scale)
+    if spec.outliers is None and spec.group_size is None:
+        return IntegerInput(*passes.quantize_tokens(x, qmin, qmax))
     if spec.outliers is None:
         return IntegerInput(*affine.quantize_dynamic(x, qmin, qmax, spec.group_size), spec.group_size)
     values = x.detach().float()

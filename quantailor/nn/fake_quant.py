@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantailor.errors import UsageError
 from quantailor.kernels.ops import has_integer_product
 from quantailor.nn.activation_quantizer import ActivationQuantizer
-from quantailor.nn.int_forward import integer_forward
+from quantailor.nn.int_forward import integer_forward, integer_linear
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.spec import QuantSpec, Scheme, why_not_convolution
 
@@ -33,6 +33,7 @@ class _FakeQuant(nn.Module):
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
     scheme: Scheme
+    backward_in_bf16 = False  # of layers that multiply integers (nn/int_forward.set_backward)
 
     def _attach(self, source: nn.Module, scheme: Scheme, weight: Any, bias: Any) -> None:
         self.training = source.training
@@ -82,12 +83,16 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         return FakeQuantLinear(linear.train(source.training), scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_hat, w_hat = self._in(x), self.fake_weight()
         if not self._on_integers:
+            x_hat, w_hat = self._in(x), self.fake_weight()
             return self._out(F.linear(x_hat, w_hat.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
-        assert self.input_quantizer is not None and self.weight_quantizer is not None
-        weight = self.weight_quantizer.integer_weight(self.weight)
-        return self._out(integer_forward(x_hat, w_hat, self.bias, self.input_quantizer.integers(x), weight))
+        a, w = self.input_quantizer, self.weight_quantizer
+        assert a is not None and w is not None and w.grid is not None
+        integers = a.integers(x)
+        if integers.columns is None and integers.group_size is None:
+            parts = (self.weight, w.scale_OG, self.bias, integers, w.zero_point_OG, w.grid, self.backward_in_bf16)
+            return self._out(integer_linear(a.carrier(x), *parts))
+        return self._out(integer_forward(a(x), self.fake_weight(), self.bias, integers, w.integer_weight(self.weight)))
 
     @property
     def _on_integers(self) -> bool:

@@ -1,17 +1,53 @@
 """The training forward computes what serving will: the product of integers, scales afterwards.
 
+    forward   y = s_x s_w (x_q w_q^T) + b       on integers, exactly the packed layer's bits
+    backward  dx = (dy s_w) w_q,  dw_hat = (dy s_x)^T x_q,  db = sum_t dy
+
 Backward is the linear layer's own, on the fake-quantized tensors: straight-through, as if the forward had multiplied
-them. Forward values therefore have the packed layer's bits, instead of a float sum that rounds activations
-differently one layer further down.
+them. `integer_linear` keeps only the input's int8 copy for it, a quarter of what a plain layer keeps, and makes the
+weight's anew. In bfloat16 (the default of training, `set_backward`) the integers are exact and the scales are folded
+into the gradient, which is rounded once, as autocast does; in float32 the gradients are those of the simulated layer to
+the order of adding. `integer_forward` is the general form, for inputs with columns in float or with groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from quantailor.kernels import passes
 from quantailor.kernels.ops import IntegerInput, IntegerWeight, float_matmul, int_linear
+
+_independent: ContextVar[bool] = ContextVar("independent", default=False)
+
+
+@contextmanager
+def float_products() -> Iterator[None]:
+    """Within: integers are multiplied by exact float sums, so that a proof of parity does not rest on one kernel."""
+    token = _independent.set(True)
+    try:
+        yield
+    finally:
+        _independent.reset(token)
+
+
+def _product() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The product to use: None is the fastest there is."""
+    if torch.compiler.is_compiling():  # which cannot look at a context variable, and proofs are not compiled
+        return None
+    return float_matmul if _independent.get() else None
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer answers `x` with: autocast's type inside autocast, else the input's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _IntegerForward(torch.autograd.Function):
@@ -26,17 +62,19 @@ class _IntegerForward(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_hat, w_hat)
         ctx.has_bias = bias is not None  # type: ignore[attr-defined]
+        dtype = output_dtype(x_hat)
         with torch.autocast(x_hat.device.type, enabled=False):  # an integer sum is not to be rounded to bfloat16
-            return int_linear(x, weight, bias, matmul=float_matmul).to(x_hat.dtype)
+            return int_linear(x, weight, bias, _product(), dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x_hat, w_hat = ctx.saved_tensors  # type: ignore[attr-defined]
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad @ w_hat.to(grad.dtype) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        grad_w = flat.t() @ x_hat.reshape(-1, x_hat.shape[-1]).to(grad.dtype) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
-        grad_bias = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None  # type: ignore[attr-defined]
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
+        grad_x = (grad @ w_hat.to(grad.dtype)).to(x_hat.dtype) if need_x else None
+        grad_w = (flat.t() @ x_hat.reshape(-1, x_hat.shape[-1]).to(grad.dtype)).to(w_hat.dtype) if need_w else None
+        grad_bias = flat.sum(0) if ctx.has_bias and need_b else None  # type: ignore[attr-defined]
         return grad_x, grad_w, grad_bias, None, None
 
 
@@ -48,3 +86,148 @@ def integer_forward(
     Columns of `x` that are kept in float are part of `x_hat`: the gradient is that of both products together.
     """
     return _IntegerForward.apply(x_hat, w_hat, bias, x, weight)
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """A uniform grid as the passes take it; zero points are apart. `g`: LSQ's gradient scale."""
+
+    offset: float
+    stretch: float
+    g: float
+    qmin: int
+    qmax: int
+    group_size: int | None
+
+
+class _IntegerLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        x_q: Tensor,
+        x_scale: Tensor,
+        zero_point: Tensor | None,
+        grid: WeightGrid,
+        in_bf16: bool,
+    ) -> Tensor:
+        size = passes.groups_of(weight.shape[1], grid.group_size)[0]
+        w = weight.float()
+        w_q = passes.quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
+        ctx.save_for_backward(weight, scale, x_q, x_scale, zero_point)  # type: ignore[arg-type]
+        ctx.grid, ctx.size, ctx.in_bf16 = grid, size, in_bf16  # type: ignore[attr-defined]
+        ctx.has_bias, ctx.x_dtype = bias is not None, x.dtype  # type: ignore[attr-defined]
+        integers = IntegerWeight(w_q, scale, _shift(grid, zero_point, scale), grid.group_size)
+        dtype = output_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return int_linear(IntegerInput(x_q, x_scale), integers, bias, _product(), dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, x_q, x_scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+        grid, size = ctx.grid, ctx.size  # type: ignore[attr-defined]
+        need_x, need_w, need_s, need_b = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
+        grad = grad_outputs[0].reshape(-1, weight.shape[0])
+        grad_bias = grad.sum(0, dtype=torch.float32) if ctx.has_bias and need_b else None  # type: ignore[attr-defined]
+        w = weight.float()
+        w_q = passes.quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
+        rows = x_q.reshape(-1, x_q.shape[-1])
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.in_bf16:  # type: ignore[attr-defined]
+                grad_x, grad_w = _products_bf16(grad, w_q, scale, zero_point, rows, x_scale, grid)
+            else:
+                w_hat = passes.fake_quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
+                grad_x = grad.float() @ w_hat
+                grad_w = grad.float().t() @ (rows * x_scale.reshape(-1, 1))
+            grads: tuple[Tensor | None, Tensor | None] = (None, None)
+            if need_w or need_s:
+                numbers = (grid.offset, grid.stretch, grid.g, grid.qmin, grid.qmax, size)
+                grad_weight, grad_scale = passes.lsq_backward(w, grad_w, scale, zero_point, *numbers)
+                grads = (grad_weight.to(weight.dtype), grad_scale)
+        of_x = grad_x.to(ctx.x_dtype).reshape(x_q.shape) if need_x else None  # type: ignore[attr-defined]
+        return of_x, *grads, grad_bias, None, None, None, None, None
+
+
+def _shift(grid: WeightGrid, zero_point: Tensor | None, scale: Tensor) -> Tensor | None:
+    """[O, G] = offset - zero_point; None where that is 0 everywhere."""
+    if zero_point is not None:
+        return grid.offset - zero_point.float()
+    return torch.full_like(scale, grid.offset) if grid.offset else None
+
+
+def _products_bf16(
+    grad: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    x_q: Tensor,
+    x_scale: Tensor,
+    grid: WeightGrid,
+) -> tuple[Tensor, Tensor]:
+    """(dx [T, N], dw_hat [O, N]) in bfloat16. Integers up to 256 are exact in it, so only the gradient is rounded; the
+    weight of a grouped or shifted grid is rounded as well, as autocast would."""
+    plain = scale.shape[1] == 1 and _shift(grid, zero_point, scale) is None
+    w_scale = scale.expand(w_q.shape[0], 1).reshape(-1) if plain else None
+    for_x, for_w = passes.fold_scales(grad, w_scale, x_scale.reshape(-1))
+    if plain:
+        factor = passes.int8_to_bf16(w_q)
+    else:
+        shift = _shift(grid, zero_point, scale)
+        factor = IntegerWeight(w_q, scale, shift, grid.group_size).dequantize().to(torch.bfloat16)
+    return for_x @ factor, for_w.t() @ passes.int8_to_bf16(x_q)
+
+
+def integer_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    x_int: IntegerInput,
+    zero_point: Tensor | None,
+    grid: WeightGrid,
+    in_bf16: bool,
+) -> Tensor:
+    """y [..., O] of the integers of `x` [..., N] and of `weight` [O, N] on the grid of `scale` [O, G] (LSQ gradients).
+
+    `x` only carries the gradient: itself where its scale is dynamic, its fake-quantized self where it is learned. A
+    scale a tensor comes expanded to rows. `x_int` without groups and without columns in float.
+    """
+    return _IntegerLinear.apply(x, weight, scale, bias, x_int.q, x_int.scale, zero_point, grid, in_bf16)
+
+
+def set_backward(model: nn.Module, dtype: torch.dtype) -> None:
+    """In which type integer layers multiply their gradients: torch.bfloat16 or torch.float32."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"gradients are multiplied in bfloat16 or float32, not {dtype}")
+    for module in model.modules():
+        if hasattr(module, "backward_in_bf16"):
+            module.backward_in_bf16 = dtype == torch.bfloat16  # type: ignore[assignment]
+
+
+class _FakeQuantizedWeight(torch.autograd.Function):
+    """numerics.lsq in one pass each way; only the weight itself and its scale are kept for backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> Tensor:
+        size = passes.groups_of(weight.shape[1], grid.group_size)[0]
+        ctx.save_for_backward(weight, scale, zero_point)  # type: ignore[arg-type]
+        ctx.grid, ctx.size = grid, size  # type: ignore[attr-defined]
+        numbers = (grid.offset, grid.qmin, grid.qmax, size)
+        w_hat: Tensor = passes.fake_quantize_weight(weight.float(), scale, zero_point, *numbers)
+        return w_hat.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+        grid, size = ctx.grid, ctx.size  # type: ignore[attr-defined]
+        numbers = (grid.offset, grid.stretch, grid.g, grid.qmin, grid.qmax, size)
+        grad_w, grad_scale = passes.lsq_backward(weight.float(), grad_outputs[0], scale, zero_point, *numbers)
+        return grad_w.to(weight.dtype), grad_scale, None, None
+
+
+def fake_quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> Tensor:
+    """`weight` [O, N] on the grid of `scale` [O, G], with LSQ's gradients; the same bits as `numerics.lsq.lsq`."""
+    return _FakeQuantizedWeight.apply(weight, scale, zero_point, grid)

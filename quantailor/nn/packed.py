@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantailor.kernels.ops import IntegerInput, IntegerWeight, has_integer_product, int_linear
 from quantailor.nn.activation_quantizer import quantize_activation
 from quantailor.nn.fake_quant import FakeQuant, FakeQuantConv2d, FakeQuantEmbedding, FakeQuantLinear
+from quantailor.nn.int_forward import output_dtype
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics import grids, nf4
 from quantailor.numerics.grouping import from_groups, num_groups, to_groups
@@ -176,7 +177,7 @@ class QuantLinear(_Quant):
         grid = IntegerWeight(
             self.packed.integers(), self.packed.scales(), self.packed.shift(), self.packed.spec.group_size
         )
-        return self._out(int_linear(x_int, grid, self.bias).to(x.dtype))
+        return self._out(int_linear(x_int, grid, self.bias, dtype=output_dtype(x)))
 
 
 class QuantEmbedding(_Quant):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quantailor.kernels.ops import IntegerWeight
+from quantailor.kernels.ops import IntegerWeight, has_integer_product
+from quantailor.nn.int_forward import WeightGrid, fake_quantized_weight
 from quantailor.numerics import grids, nf4
 from quantailor.numerics.affine import checked_scale
 from quantailor.numerics.grouping import from_groups, num_groups, to_groups
@@ -31,7 +32,7 @@ class WeightQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.in_features = in_features
+        self.in_features, self.out_features = in_features, out_features
         rows = 1 if isinstance(spec.granularity, PerTensor) else out_features
         shape = (rows, num_groups(in_features, spec.group_size), 1)
         self.log_scale = nn.Parameter(torch.zeros(shape, device=device))
@@ -59,6 +60,28 @@ class WeightQuantizer(nn.Module):
     def scale(self) -> Tensor:
         """[O, G, 1], not 0; negative where calibration turned the grid around."""
         return self.base_scale * self.log_scale.exp()
+
+    @property
+    def grid(self) -> WeightGrid | None:
+        """The grid as the one-pass kernels take it; None for NF4 and where integers do not fit int8."""
+        if not has_integer_product(self.spec.grid):
+            return None
+        qmin, qmax, offset = grids.limits(self.spec.grid)
+        stretch = 0.0 if isinstance(self.spec.grid, Int) else 0.5
+        return WeightGrid(offset, stretch, self.g, qmin, qmax, self.spec.group_size)
+
+    @property
+    def scale_OG(self) -> Tensor:
+        """[O, G], also where one scale serves all rows."""
+        scale = self.scale.squeeze(-1)
+        return scale if scale.shape[0] == self.out_features else scale.expand(self.out_features, -1).contiguous()
+
+    @property
+    def zero_point_OG(self) -> Tensor | None:
+        """int32 [O, G]; None where it is 0 everywhere by the grid's nature."""
+        if not self.is_asymmetric:
+            return None
+        return self.zero_point.squeeze(-1).expand(self.out_features, -1).contiguous()
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -94,6 +117,8 @@ class WeightQuantizer(nn.Module):
         """[O, N] -> fake-quantized [O, N], the same dtype; float where switched off."""
         if not self.enabled:
             return weight_ON
+        if self.grid is not None:
+            return fake_quantized_weight(weight_ON, self.scale_OG, self.zero_point_OG, self.grid)
         w = to_groups(weight_ON.float(), self.spec.group_size)
         w_hat = grids.fake_quantize(w, self.scale, self.zero_point, self.spec.grid, self.g)
         return from_groups(w_hat, self.in_features).to(weight_ON.dtype)

@@ -1,7 +1,19 @@
-import torch
+import weakref
 
-from quantailor.kernels.ops import IntegerInput, IntegerWeight, int_linear
-from quantailor.nn.int_forward import integer_forward
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from quantailor.kernels import passes
+from quantailor.kernels.ops import IntegerInput, IntegerWeight, float_matmul, int_linear
+from quantailor.nn import int_forward
+from quantailor.nn.int_forward import integer_forward, set_backward
+from quantailor.numerics import grids
+from quantailor.numerics.grouping import from_groups, to_groups
+from quantailor.numerics.lsq import gradient_scale, lsq
+from quantailor.spec import Int
+from tests.nn.layers import quantized
 
 
 def draw(group_size):
@@ -43,3 +55,159 @@ def test_only_what_asks_for_a_gradient_gets_one():
     w_hat.requires_grad_()
     integer_forward(x_hat, w_hat, None, x, weight).sum().backward()
     assert w_hat.grad is not None and x_hat.grad is None
+
+
+INTEGER_SCHEMES = [
+    *("w8a8", "w8a8-static", "w4a8-g32", "w4a8-g32-asym"),
+    *("w2a8-g32-balanced", "w1.58a8", "w3a8-g24", "w4a8-g32-asym-static"),
+]
+
+
+def simulated(layer, x):
+    """What the layer says it computes, in float64: LSQ's weight, the quantized input, one product."""
+    a, w = layer.input_quantizer, layer.weight_quantizer
+    grid, zero = w.spec.grid, 0 if w.zero_point_OG is None else w.zero_point.double()
+    qmin, qmax, offset = grids.limits(grid)
+    rows = to_groups(layer.weight.double(), w.spec.group_size)
+    stretch = 0.0 if isinstance(grid, Int) else 0.5
+    w_hat = lsq(rows, w.scale.double(), zero, qmin, qmax, g=w.g, offset=offset, stretch=stretch)
+    x_hat = a.integers(x).dequantize().double() if a.spec.dynamic else None
+    if x_hat is not None:
+        x_hat = x.double() + (x_hat - x.double()).detach()
+    else:
+        g = gradient_scale(x.shape[-1], 127)
+        x_hat = lsq(x.double(), a.scale.double(), 0, -128, 127, g=g)
+    return F.linear(x_hat, from_groups(w_hat, x.shape[-1]), None if layer.bias is None else layer.bias.double())
+
+
+def both(scheme, seed=0, rows=(2, 40), out=33, length=100):
+    """(layer, input, gradient of the output), scales set, some elements clipped."""
+    torch.manual_seed(seed)
+    layer = quantized(torch.nn.Linear(length, out), scheme, torch.randn(*rows, length)).train()
+    with torch.no_grad():
+        layer.weight[::3, ::5] *= 3
+        layer.weight_quantizer.log_scale.normal_(0, 0.05)
+    return layer, torch.randn(*rows, length, requires_grad=True), torch.randn(*rows, out)
+
+
+def gradients(layer, x, y, grad):
+    names, leaves = zip(*[(n, p) for n, p in layer.named_parameters() if p.requires_grad])
+    found = torch.autograd.grad(y, (x, *leaves), grad.to(y.dtype))
+    return dict(zip(("x", *names), found))
+
+
+@pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
+def test_integers_and_simulation_train_alike_to_1e_6(scheme):
+    layer, x, grad = both(scheme)
+    y, reference = layer(x), simulated(layer, x)
+    assert float((y.detach() - reference.detach()).norm() / reference.detach().norm()) < 1e-6
+    found, expected = gradients(layer, x, y, grad), gradients(layer, x, reference, grad)
+    assert set(found) >= {"x", "weight", "bias", "weight_quantizer.log_scale"}
+    for name in expected:
+        difference = (found[name].double() - expected[name].double()).norm() / expected[name].double().norm()
+        # One number summed over all of x from terms that cancel: float32 has no more digits of it.
+        assert float(difference) < (1e-4 if name == "input_quantizer.log_scale" else 1e-6), name
+
+
+@pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
+def test_a_backward_in_bfloat16_rounds_the_gradient_and_little_else(scheme):
+    layer, x, grad = both(scheme)
+    exact = gradients(layer, x, layer(x), grad)
+    set_backward(layer, torch.bfloat16)
+    rounded = gradients(layer, x, layer(x), grad)
+    assert not torch.equal(rounded["x"], exact["x"])
+    for name, value in exact.items():
+        assert rounded[name].dtype == value.dtype
+        assert float((rounded[name] - value).norm() / value.norm()) < 2**-7, name
+    assert torch.equal(rounded["bias"], exact["bias"])
+
+
+def test_only_known_types_can_be_set():
+    with pytest.raises(ValueError, match=r"bfloat16 or float32, not torch\.float16"):
+        set_backward(torch.nn.Linear(2, 2), torch.float16)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32"])
+def test_an_int8_copy_of_the_input_is_all_that_is_kept(scheme):
+    layer, x, _ = both(scheme, rows=(64,), length=256)
+    parameters = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
+    kept = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    scales = layer.weight_quantizer.scale.numel() * 4
+    assert sum(kept) <= x.numel() + 64 * 4 + 4 * scales  # int8, a scale a token, and the small tensors of the scales
+
+
+def counted(monkeypatch):
+    calls = []
+    real = passes.quantize_tokens
+    monkeypatch.setattr(passes, "quantize_tokens", lambda *a: calls.append(1) or real(*a))
+    return calls
+
+
+def test_layers_given_the_same_tensor_share_its_integers(monkeypatch):
+    layers = [both("w8a8", seed)[0] for seed in range(3)]
+    alone = []
+    x = torch.randn(5, 100)
+    for layer in layers:
+        alone.append(layer(x.clone()))
+    fewer_bits = both("w8a4", 0)[0]
+    calls = counted(monkeypatch)
+    assert all(torch.equal(layer(x), y) for layer, y in zip(layers, alone)) and len(calls) == 1
+    x += 1  # the same tensor, another content
+    assert not torch.equal(layers[0](x), alone[0]) and len(calls) == 2
+    fewer_bits(x)
+    assert len(calls) == 3
+    layers[0](x)
+    assert len(calls) == 4
+
+
+def test_shared_integers_go_when_the_tensor_goes():
+    layer = both("w8a8")[0]
+    x = torch.randn(5, 100)
+    integers = weakref.ref(layer.input_quantizer.integers(x))
+    assert integers() is not None
+    del x
+    assert integers() is None
+
+
+def test_inference_tensors_are_not_shared_and_work():
+    layer = both("w8a8")[0]
+    with torch.inference_mode():
+        x = torch.randn(5, 100)
+        first = layer(x)
+        x.zero_()
+        assert not torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w4a16-g32", "w8a8-static"])
+def test_compiled_without_a_break_and_checkpointed_it_is_the_same(scheme):
+    layer, x, grad = both(scheme)
+    y = layer(x)
+    expected = gradients(layer, x, y, grad)
+    torch._dynamo.reset()
+    for way in (
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        lambda x: checkpoint(layer, x, use_reentrant=False),
+    ):
+        again = way(x)
+        assert torch.equal(again, y)
+        found = torch.autograd.grad(again, (x, *[p for p in layer.parameters() if p.requires_grad]), grad)
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found, expected.values()))
+
+
+def test_a_proof_of_parity_takes_another_product(monkeypatch):
+    layer, x, _ = both("w8a8")
+    seen = []
+    monkeypatch.setattr(int_forward, "float_matmul", lambda a, b: seen.append(1) or float_matmul(a, b))
+    with torch.no_grad():
+        plain = layer(x)
+        assert not seen
+        with int_forward.float_products():
+            assert torch.equal(layer(x), plain) and seen

@@ -1,0 +1,166 @@
+"""The passes over memory that training with integers needs: native where it can be, torch operators otherwise.
+
+Both give the same integers and scales, bit for bit; sums of gradients differ in their order of adding. T tokens, O out,
+N in, G groups a row. A weight's grid: scale [O, G], zero_point int32 [O, G] or None, offset, qmin, qmax, group_size.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int32
+
+import torch
+from torch import Tensor
+
+from quantailor.kernels.native import library as native
+from quantailor.kernels.operators import operator
+from quantailor.numerics import affine
+from quantailor.numerics.grouping import from_groups, num_groups, to_groups
+
+_BF16 = torch.bfloat16
+
+
+def _usable(*tensors: Tensor | None) -> bool:
+    """Whether the native passes can work on these as they are."""
+    there = [t for t in tensors if t is not None]
+    return all(t.device.type == "cpu" and t.is_contiguous() for t in there) and native.library() is not None
+
+
+def _fake_quantize_tokens(x: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@operator(_fake_quantize_tokens)
+def quantize_tokens(x: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """numerics.affine.quantize_dynamic without groups, in one pass: x [..., N] -> q int8 [..., N], scale [..., 1].
+
+    A token that is not finite gets the scale NaN, so that nothing after it looks sound.
+    """
+    x = x.detach().contiguous()
+    if not _usable(x) or x.dtype not in native.SUFFIX:
+        q, scale = affine.quantize_dynamic(x, qmin, qmax)
+        return q, torch.where(torch.isfinite(x.float().abs().amax(-1, keepdim=True)), scale, torch.nan)
+    q = torch.empty_like(x, dtype=torch.int8)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+    length = x.shape[-1]
+    rows = x.numel() // length if length else 0
+    native.call(f"quantize_tokens_{native.SUFFIX[x.dtype]}", x, rows, length, c_int32(qmin), c_int32(qmax), q, scale)
+    return q, scale
+
+
+def _like_weight(w: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(w, dtype=torch.int8)
+
+
+@operator(_like_weight)
+def quantize_weight(
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, offset: float, qmin: int, qmax: int, group_size: int
+) -> Tensor:
+    """numerics.grids.encode of a uniform grid that fits int8: w float32 [O, N] -> q int8 [O, N]."""
+    w = w.detach().contiguous()
+    if not _usable(w, scale, zero_point):
+        steps = to_groups(w, group_size) * scale.unsqueeze(-1).reciprocal()
+        zero = 0 if zero_point is None else zero_point.unsqueeze(-1)
+        q = (torch.round(steps - offset) + zero).clamp(qmin, qmax).to(torch.int8)
+        return from_groups(q, w.shape[1]).contiguous()
+    q = torch.empty_like(w, dtype=torch.int8)
+    limits = (c_int32(qmin), c_int32(qmax))
+    native.call("quantize_weight_f32", w, *w.shape, group_size, scale, zero_point, float(offset), *limits, q)
+    return q
+
+
+def _like_w(w: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(w)
+
+
+@operator(_like_w)
+def fake_quantize_weight(
+    w: Tensor, scale: Tensor, zero_point: Tensor | None, offset: float, qmin: int, qmax: int, group_size: int
+) -> Tensor:
+    """`quantize_weight` and back, float32 [O, N]: numerics.lsq forwards."""
+    w = w.detach().contiguous()
+    if not _usable(w, scale, zero_point):
+        steps = to_groups(w, group_size) * scale.unsqueeze(-1).reciprocal()
+        zero = 0 if zero_point is None else zero_point.unsqueeze(-1)
+        level = (torch.round(steps - offset) + zero).clamp(qmin, qmax) - (zero - offset)
+        return from_groups(level * scale.unsqueeze(-1), w.shape[1]).contiguous()
+    w_hat = torch.empty_like(w)
+    limits = (c_int32(qmin), c_int32(qmax))
+    native.call("fake_quantize_f32", w, *w.shape, group_size, scale, zero_point, float(offset), *limits, w_hat)
+    return w_hat
+
+
+def _like_w_and_scale(w: Tensor, grad: Tensor, scale: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(w), torch.empty_like(scale)
+
+
+@operator(_like_w_and_scale)
+def lsq_backward(
+    w: Tensor,
+    grad: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    offset: float,
+    stretch: float,
+    g: float,
+    qmin: int,
+    qmax: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """numerics.lsq backwards: `grad` [O, N] of the dequantized weight -> (of the weight float32 [O, N], of the scale
+    [O, G])."""
+    w, grad = w.detach().contiguous(), grad.contiguous()
+    if _usable(w, grad, scale, zero_point) and grad.dtype in native.SUFFIX:
+        grad_w, grad_scale = torch.empty_like(w), torch.empty_like(scale)
+        limits = (c_int32(qmin), c_int32(qmax))
+        name = f"lsq_backward_{native.SUFFIX[grad.dtype]}"
+        numbers = (float(offset), float(stretch), float(g))
+        native.call(name, w, grad, *w.shape, group_size, scale, zero_point, *numbers, *limits, grad_w, grad_scale)
+        return grad_w, grad_scale
+    steps = to_groups(w, group_size) * scale.unsqueeze(-1).reciprocal()
+    zero = 0 if zero_point is None else zero_point.unsqueeze(-1)
+    shift = zero - offset
+    level = (torch.round(steps - offset) + zero).clamp(qmin, qmax) - shift
+    v = steps + shift
+    inside = (v > qmin - stretch) & (v < qmax + stretch)
+    given = to_groups(grad.float(), group_size)
+    grad_scale = (given * (level - steps * inside)).sum(-1) * g
+    return from_groups(given * inside, w.shape[1]).contiguous(), grad_scale
+
+
+def _two_like(grad: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad, dtype=_BF16), torch.empty_like(grad, dtype=_BF16)
+
+
+@operator(_two_like)
+def fold_scales(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A gradient [T, O] in bfloat16 twice: times the weight's scale [O] (None: 1), and times the input's [T] or [1]."""
+    grad = grad.contiguous()
+    if _usable(grad, w_scale, x_scale) and grad.dtype in native.SUFFIX:
+        for_x, for_w = torch.empty_like(grad, dtype=_BF16), torch.empty_like(grad, dtype=_BF16)
+        name = f"fold_{native.SUFFIX[grad.dtype]}"
+        one = c_int32(x_scale.numel() == 1 and grad.shape[0] != 1)
+        native.call(name, grad, *grad.shape, w_scale, x_scale, one, for_x, for_w)
+        return for_x, for_w
+    values = grad.float()
+    for_x = (values if w_scale is None else values * w_scale).to(_BF16)
+    return for_x.contiguous(), (values * x_scale.reshape(-1, 1)).to(_BF16)
+
+
+def _as_bf16(q: Tensor) -> Tensor:
+    return torch.empty_like(q, dtype=_BF16)
+
+
+@operator(_as_bf16)
+def int8_to_bf16(q: Tensor) -> Tensor:
+    """int8 -> bfloat16, exact."""
+    q = q.contiguous()
+    if not _usable(q):
+        return q.to(_BF16)
+    out = torch.empty_like(q, dtype=_BF16)
+    native.call("int8_to_bf16", q, q.numel(), out)
+    return out
+
+
+def groups_of(length: int, group_size: int | None) -> tuple[int, int]:
+    """(size, number) of the groups of a row; None is one group of all."""
+    return (length if group_size is None else min(group_size, length)), num_groups(length, group_size)
