@@ -177,7 +177,7 @@ def _products_bf16(
     else:
         shift = _shift(grid, zero_point, scale)
         factor = IntegerWeight(w_q, scale, shift, grid.group_size).dequantize().to(torch.bfloat16)
-    return for_x @ factor, for_w.t() @ passes.int8_to_bf16(x_q)
+    return for_x @ factor, for_w @ passes.int8_to_bf16(x_q)
 
 
 def integer_linear(

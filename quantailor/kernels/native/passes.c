@@ -125,23 +125,80 @@ void fake_quantize_f32(const float *w, int64_t out, int64_t n, int64_t group, co
 LSQ_BACKWARD(lsq_backward_f32, float, SAME)
 LSQ_BACKWARD(lsq_backward_bf16, bf16, from_bf16)
 
-// A gradient [T, O] twice in bfloat16, once times the weight's scale [O], once times the input's [T], read once.
-// Either scale may be NULL for 1; with `one_scale` the input's is a single number.
-#define FOLD(NAME, TYPE, LOAD)                                                                              \
+// A gradient [T, O] twice in bfloat16, read once: times the weight's scale [O] as for_x [T, O], and times the input's [T]
+// as for_w [O, T], turned, since a product with a turned left side runs at half the speed. Either scale may be NULL for 1;
+// with `one_scale` the input's is a single number. Two rows make a word, so that 32 x 16 values are turned as 16 x 16
+// words in the first cache; a strip of 512 columns keeps the pages being written within reach of the address cache.
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#include <immintrin.h>
+static inline __m512i bf16_bits(__m512 v) {
+    __m512i u = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+    return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+static inline __m512 load16_f32(const float *p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+static inline __m512 load16_bf16(const bf16 *p, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+#define FOLD_BLOCK(LOAD16)                                                                                  \
+    __mmask16 mask = wide == 16 ? 0xffff : (__mmask16)((1u << wide) - 1);                                   \
+    __m512 ws = w_scale ? _mm512_maskz_loadu_ps(mask, w_scale + left) : _mm512_set1_ps(1.0f);               \
+    for (int64_t i = 0; i < tall; i += 2) {                                                                 \
+        __m512i word = _mm512_setzero_si512();                                                              \
+        for (int64_t j = i; j < i + 2 && j < tall; j++) {                                                   \
+            int64_t t = first + j;                                                                          \
+            float xs = !x_scale ? 1.0f : one_scale ? x_scale[0] : x_scale[t];                               \
+            __m512 d = LOAD16(grad + t * out + left, mask);                                                 \
+            __m512i x = bf16_bits(_mm512_mul_ps(d, ws)), w = bf16_bits(_mm512_mul_ps(d, _mm512_set1_ps(xs))); \
+            _mm256_mask_storeu_epi16(for_x + t * out + left, mask, _mm512_cvtepi32_epi16(x));               \
+            word = _mm512_or_si512(word, j == i ? w : _mm512_slli_epi32(w, 16));                            \
+        }                                                                                                   \
+        _mm512_storeu_si512(block[i / 2], word);                                                            \
+    }                                                                                                       \
+    __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), \
+                                    _mm512_set1_epi32(16));                                                 \
+    for (int64_t o = 0; o < wide; o++) {                                                                    \
+        __m512i column = _mm512_i32gather_epi32(at, &block[0][o], 4);                                       \
+        __mmask32 there = tall == 32 ? 0xffffffff : (1u << tall) - 1;                                       \
+        bf16 *to = for_w + (left + o) * rows + first;                                                       \
+        if (tall == 32 && ((uintptr_t)to & 63) == 0) _mm512_stream_si512((void *)to, column);               \
+        else _mm512_mask_storeu_epi16(to, there, column);                                                   \
+    }
+#else
+#define load16_f32 SAME
+#define load16_bf16 from_bf16
+#define FOLD_BLOCK(LOAD)                                                                                    \
+    for (int64_t i = 0; i < tall; i++) {                                                                    \
+        int64_t t = first + i;                                                                              \
+        float xs = !x_scale ? 1.0f : one_scale ? x_scale[0] : x_scale[t];                                   \
+        for (int64_t o = 0; o < wide; o++) {                                                                \
+            float d = LOAD(grad[t * out + left + o]);                                                       \
+            for_x[t * out + left + o] = to_bf16(w_scale ? d * w_scale[left + o] : d);                       \
+            for_w[(left + o) * rows + t] = to_bf16(d * xs);                                                 \
+        }                                                                                                   \
+    }
+#endif
+#define FOLD(NAME, TYPE, LOAD16)                                                                            \
     void NAME(const TYPE *grad, int64_t rows, int64_t out, const float *w_scale, const float *x_scale,      \
               int32_t one_scale, bf16 *for_x, bf16 *for_w) {                                                \
-        _Pragma("omp parallel for schedule(static)") for (int64_t t = 0; t < rows; t++) {                   \
-            float xs = !x_scale ? 1.0f : one_scale ? x_scale[0] : x_scale[t];                               \
-            const TYPE *row = grad + t * out;                                                               \
-            _Pragma("omp simd") for (int64_t o = 0; o < out; o++) {                                         \
-                float d = LOAD(row[o]);                                                                     \
-                for_x[t * out + o] = to_bf16(w_scale ? d * w_scale[o] : d);                                 \
-                for_w[t * out + o] = to_bf16(d * xs);                                                       \
+        int64_t strips = (out + 511) / 512, bands = (rows + 511) / 512;                                     \
+        _Pragma("omp parallel for schedule(dynamic, 1)") for (int64_t job = 0; job < strips * bands; job++) { \
+            int64_t strip = job / bands * 512, band = job % bands * 512;                                    \
+            int64_t right = strip + 512 < out ? strip + 512 : out, low = band + 512 < rows ? band + 512 : rows; \
+            uint32_t block[16][16];                                                                         \
+            (void)block;                                                                                    \
+            for (int64_t first = band; first < low; first += 32) {                                          \
+                int64_t tall = low - first < 32 ? low - first : 32;                                         \
+                for (int64_t left = strip; left < right; left += 16) {                                      \
+                    int64_t wide = right - left < 16 ? right - left : 16;                                   \
+                    FOLD_BLOCK(LOAD16)                                                                      \
+                }                                                                                           \
             }                                                                                               \
         }                                                                                                   \
     }
-FOLD(fold_f32, float, SAME)
-FOLD(fold_bf16, bf16, from_bf16)
+FOLD(fold_f32, float, load16_f32)
+FOLD(fold_bf16, bf16, load16_bf16)
 
 // int8 -> bfloat16, exact.
 void int8_to_bf16(const int8_t *q, int64_t count, bf16 *out) {
