@@ -1,0 +1,131 @@
+"""`export`: one packed model in the formats that others read; each is written, read again, executed and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from quantailor.environment import environment
+from quantailor.errors import QualityGateFailed, UsageError
+from quantailor.evaluate.parity import differing, digests
+from quantailor.formats import folder as folders
+from quantailor.formats import gguf
+from quantailor.formats.receipt import ExportReceipt, refusal
+from quantailor.numerics.measures import relative_max_difference
+from quantailor.progress import Progress
+from quantailor.store.jsonio import write_json
+from quantailor.store.manifest import hash_folder, write_manifest
+from quantailor.store.publish import new_folder
+from quantailor.verbs.model import Model, as_model, default_probe, pack
+
+RECEIPT = "export.json"
+_ONNX_EXTRA = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export(
+    folder: str | Path | Model,
+    out: str | Path,
+    formats: Sequence[str] = ("hf", "onnx", "gguf"),
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[ExportReceipt]:
+    """Write a quantized model into a folder of each format below `out`, and the proofs into `out`/export.json.
+
+    `hf`: our folder, which transformers loads; `onnx`: a graph of opset 21; `gguf`: one file for llama.cpp. No layer is
+    quantized anew: a format that cannot say one is refused, which its receipt tells, and the others are written.
+    Raises: UsageError if the model is float, a format is unknown or every one is refused; QualityGateFailed if what was
+    written does not hold or compute what the model does. `out` appears whole or not at all.
+    """
+    formats = _checked(formats)
+    model = as_model(folder)
+    if model.state is None:
+        raise UsageError("the model is float, and export quantizes nothing; quantize it first, then export the result")
+    model = model if model.is_packed else pack(model)
+    model = dataclasses.replace(model, model=model.model.eval(), probe=model.probe or default_probe(model))
+    inputs = [Path(folder)] if isinstance(folder, str | Path) else []
+    parent = {**model.parent, "hash": hash_folder(inputs[0])} if inputs else model.parent
+    receipts = []
+    with new_folder(Path(out), overwrite=overwrite, inputs=inputs) as tmp:
+        with (progress or Progress()).task("exporting", len(formats)) as advance:
+            for name in formats:
+                receipts.append(_written(name, tmp / name, model))
+                advance(1)
+        if all(receipt.refused for receipt in receipts):
+            raise UsageError("; ".join(f"{receipt.format}: {receipt.refused}" for receipt in receipts))
+        write_json(
+            tmp / RECEIPT,
+            {
+                "source": parent,
+                "scheme": str(model.state.scheme) if model.state else None,
+                "formats": [receipt.to_json() for receipt in receipts],
+                "environment": environment(),
+            },
+        )
+        details = {"formats": [receipt.format for receipt in receipts if not receipt.refused]}
+        write_manifest(tmp, kind="export", details=details)
+    return receipts
+
+
+def _checked(formats: Sequence[str]) -> list[str]:
+    """The formats without repetition. Raises: UsageError where one is unknown, or there is none."""
+    if isinstance(formats, str):
+        formats = formats.split(",")
+    for name in formats:
+        if name not in WRITERS:
+            raise UsageError(f"format {name!r} is none of {', '.join(WRITERS)}")
+    if not formats:
+        raise UsageError(f"no format to export to; name some of {', '.join(WRITERS)}")
+    return list(dict.fromkeys(formats))
+
+
+def _written(name: str, folder: Path, model: Model) -> ExportReceipt:
+    """The receipt of one format, its files named from the folder above `folder`."""
+    folder.mkdir()
+    try:
+        receipt = WRITERS[name](folder, model)
+    except QualityGateFailed:
+        raise
+    except UsageError as error:  # this format cannot say the model: another may
+        shutil.rmtree(folder)
+        return refusal(name, str(error))
+    files = sorted(p.relative_to(folder.parent).as_posix() for p in folder.rglob("*") if p.is_file())
+    return dataclasses.replace(receipt, format=name, files=tuple(files))
+
+
+def _hf(folder: Path, model: Model) -> ExportReceipt:
+    """The folder that `save` writes, read back strictly."""
+    assert model.state is not None and model.probe is not None
+    details = {"parent": model.parent, **model.details}
+    chosen = folders.write_folder(folder, model.model, model.tokenizer, probe=model.probe, details=details)
+    again = folders.read_folder(folder).model
+    different = differing(digests(model.model), digests(again))
+    logits, expected = (folders.last_logits(m, model.probe) for m in (again, model.model))
+    difference = relative_max_difference(logits, expected)
+    if different or not difference <= 1e-5:
+        layer, what = next(iter(different.items()), ("the logits", f"{difference:.1e} of the largest"))
+        raise QualityGateFailed(f"{layer}: {what} differ after reading; nothing was written; please report this model")
+    reader = "stock transformers with compressed-tensors" if chosen == "compressed-tensors" else "transformers, after"
+    reader += "" if chosen == "compressed-tensors" else " `import quantailor.hf`,"
+    notes = (f"layout {chosen}: {reader} reads it",)
+    return ExportReceipt("hf", (), len(model.state.inventory.quantized), True, difference, notes)
+
+
+def _onnx(folder: Path, model: Model) -> ExportReceipt:
+    if missing := [name for name in _ONNX_EXTRA if find_spec(name) is None]:
+        raise UsageError(f"ONNX needs the package {missing[0]}; install it with: pip install 'quantailor[onnx]'")
+    from quantailor.formats import onnx
+
+    assert model.probe is not None
+    return onnx.write(folder, model.model, model.tokenizer, model.probe)
+
+
+def _gguf(folder: Path, model: Model) -> ExportReceipt:
+    name = model.parent.get("folder") or "model"
+    return gguf.write(model.model, folder / f"{name}.gguf", tokenizer=model.tokenizer, probe=model.probe)
+
+
+WRITERS: dict[str, Callable[[Path, Model], ExportReceipt]] = {"hf": _hf, "onnx": _onnx, "gguf": _gguf}
