@@ -1,4 +1,4 @@
-"""Passes as torch operators: called directly when eager, seen as one opaque operator by torch.compile and torch.export.
+"""Passes as torch operators: called directly when eager, one opaque operator to torch.compile and to fake tensors.
 
 The wrapper that torch.library puts around a function costs some ten microseconds a call, which a small model feels;
 eager code does without it.
@@ -11,6 +11,12 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def opaque(*arguments: Any) -> bool:
+    """Whether a call is to be looked at rather than run: in torch.compile, or on tensors without data."""
+    return torch.compiler.is_compiling() or any(isinstance(value, FakeTensor) for value in arguments)
 
 
 def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -22,7 +28,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            return (made if torch.compiler.is_compiling() else function)(*arguments)
+            return (made if opaque(*arguments) else function)(*arguments)
 
         return call
 

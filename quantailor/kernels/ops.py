@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quantailor.kernels import tiles
+from quantailor.kernels.operators import opaque
 from quantailor.numerics.grouping import from_groups, to_groups
 from quantailor.spec import NF4, Grid, Int
 
@@ -109,7 +110,7 @@ def int_linear(
     `matmul` None: the fastest exact product that this machine has for these shapes; the result does not depend on it.
     Raises: ValueError where both sides have groups and not of one size.
     """
-    if torch.compiler.is_compiling() and matmul is None:
+    if opaque(x.q) and matmul is None:
         left, right = (x.q, x.scale, x.group_size, x.columns, x.values), (weight.q, weight.scale, weight.shift)
         return _as_operator(*left, *right, weight.group_size, bias, dtype)
     length = x.q.shape[-1]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 SOURCES = ("passes.c", "gemm.c")
 FLAGS = (
@@ -117,6 +118,7 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
     if x is None:
         return ctypes.c_void_p(None)
     assert x.device.type == "cpu" and x.is_contiguous(), "native kernels take contiguous CPU tensors"
+    assert not isinstance(x, FakeTensor), "machine code was given a tensor without data"
     return ctypes.c_void_p(x.data_ptr())
 
 
