@@ -22,7 +22,7 @@ def train(
     eval_data: Annotated[
         Path | None, typer.Option(help="chooses the best iterate; by default a tenth of --data")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 200,
+    steps: Annotated[int | None, typer.Option(help="by default from the table by bits", min=1)] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="of the weights; by default from the table by bits and size")
     ] = None,
@@ -33,6 +33,25 @@ def train(
     task_weight: Annotated[
         float, typer.Option(help="weight of the task's own loss beside the KL to the teacher", min=0)
     ] = 0.0,
+    trains: Annotated[
+        str, typer.Option(help="`all`, or `scales`: integers stay as PTQ left them, and the optimizer is tiny")
+    ] = "all",
+    gradient: Annotated[str, typer.Option(help="lsq, lsq+ (learned zero points), ste, pact")] = "lsq",
+    cage: Annotated[float, typer.Option(help="strength of the pull towards the grid", min=0)] = 0.0,
+    average: Annotated[
+        float, typer.Option(help="share of the run over which weights are averaged; 0 is no average", min=0, max=1)
+    ] = 0.0,
+    layer_decay: Annotated[float, typer.Option(help="of the learning rate, a block downwards")] = 1.0,
+    freeze_lower: Annotated[float, typer.Option(help="share of the blocks, from below, that does not train")] = 0.0,
+    freeze_ranges: Annotated[
+        float | None, typer.Option(help="share of the run after which static input ranges stay")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (mixed)")] = "float32",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw-8bit")] = "adamw",
+    parallel: Annotated[str, typer.Option(help="under torchrun: ddp or fsdp2")] = "ddp",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="one thread, repeatable kernels")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="steps", min=1)] = 25,
     method: Annotated[
         str | None, typer.Option(help="PTQ method to start from, as in `quantize`; by default what suits the scheme")
     ] = None,
@@ -48,6 +67,9 @@ def train(
 ) -> None:
     """Train with the quantization in the loop; the result is never worse than the PTQ it starts from.
 
+    After a kill, or Ctrl-C, the same command goes on behind the last checkpoint. Under `torchrun` the processes share
+    each batch.
+
     Example:  quantailor train ./model --scheme w2a16-g32 --data train.txt --out ./model-w2 --steps 400
 
     A bare encoder gets a head for the labels in the data:
@@ -55,7 +77,9 @@ def train(
     """
     from quantailor import api
     from quantailor.cost.size import weight_file_bytes
+    from quantailor.ptq import distributed
     from quantailor.store.publish import check_out
+    from quantailor.verbs.training import train_folder
 
     inputs = [p for p in (model, data, eval_data) if p is not None]
     check_out(out, overwrite=overwrite, inputs=inputs)
@@ -67,23 +91,46 @@ def train(
         batch_size=batch_size,
         accumulate=accumulate,
         task_weight=task_weight,
+        trains=trains,
+        gradient=gradient,
+        cage=cage,
+        average=average,
+        layer_decay=layer_decay,
+        freeze_lower=freeze_lower,
+        freeze_ranges=freeze_ranges,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
+        parallel=parallel,
+        deterministic=deterministic,
+        checkpoint_every=checkpoint_every,
         seed=seed,
     )
-    trained = api.train(
-        model,
-        data,
-        scheme=scheme,
-        eval_data=eval_data,
-        teacher=None if teacher == "none" else teacher,
-        settings=settings,
-        method=method,
-        samples=samples,
-        context=context,
-        rules=o.rules(rule),
-        ragged=not no_ragged,
-        progress=progress(quiet),
-    )
-    api.save(trained, out, overwrite=overwrite, format=format, inputs=inputs)
+    joined = distributed.join()
+    try:
+        trained = train_folder(
+            model,
+            data,
+            out,
+            overwrite=overwrite,
+            format=format,
+            inputs=inputs,
+            scheme=scheme,
+            eval_data=eval_data,
+            teacher=None if teacher == "none" else teacher,
+            settings=settings,
+            method=method,
+            samples=samples,
+            context=context,
+            rules=o.rules(rule),
+            ragged=not no_ragged,
+            progress=progress(quiet or distributed.rank() > 0),
+        )
+        if distributed.rank() > 0:
+            return
+    finally:
+        if joined:
+            distributed.leave()
     report = trained.training
     assert report is not None
     document = {
@@ -95,6 +142,8 @@ def train(
         "start": list(report.start),
         "best": list(report.best),
         "learning_rate": report.learning_rate,
+        "losses": [list(pair) for pair in report.losses],
+        "optimizer_bytes": report.optimizer_bytes,
         "size_bytes": weight_file_bytes(out),
         "notes": trained.notes,
     }

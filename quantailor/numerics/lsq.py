@@ -73,3 +73,44 @@ def lsq(
     levels halfway between integers (balanced and binary grids). The integers are those of `grids.encode`.
     """
     return _LSQ.apply(x, scale, zero_point, qmin, qmax, offset, stretch, g)
+
+
+class _LSQPlus(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, g: float
+    ) -> Tensor:
+        steps, integer_zero = x * scale.reciprocal(), torch.round(zero_point)
+        level = (torch.round(steps) + integer_zero).clamp_(qmin, qmax) - integer_zero
+        v = steps + integer_zero
+        inside = (v > qmin) & (v < qmax)
+        ctx.save_for_backward(level - steps * inside, inside, scale)
+        ctx.zero_shape, ctx.g = zero_point.shape, g  # type: ignore[attr-defined]
+        return level * scale
+
+    @staticmethod
+    def backward(
+        ctx: FunctionCtx, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
+        (grad,) = grad_outputs
+        step_gradient, inside, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            grad_scale = (grad * step_gradient).sum_to_size(scale.shape) * ctx.g  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
+            grad_zero = (grad * -scale * ~inside).sum_to_size(ctx.zero_shape) * ctx.g  # type: ignore[attr-defined]
+        return grad * inside, grad_scale, grad_zero, None, None, None
+
+
+def lsq_plus(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, *, g: float) -> Tensor:
+    """LSQ with a learned zero point: `lsq` at round(zero_point), and a gradient for the real `zero_point` as well.
+
+        d x_hat/d zero_point = 0 where qmin < v < qmax,  -scale where v is clipped
+
+    times g. Bhalgat et al. learn a real offset beta of x_hat = q * scale + beta, with gradient 1 where v is clipped and
+    0 elsewhere (arXiv:2004.09576, section 3.1, Eq. 3). What is stored here is an integer zero point, so the learned
+    number is z = -beta / scale, rounded with a straight-through gradient as EfficientQAT does (arXiv:2407.11062,
+    section 3.2): d x_hat/d z = d x_hat/d beta * d beta/d z.
+    Shapes: `x` [*]; `scale`, `zero_point` (real, within qmin..qmax) broadcastable to [*].
+    """
+    return _LSQPlus.apply(x, scale, zero_point, qmin, qmax, g)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+
 from torch import Tensor, nn
+
+from quantailor.nn.activation_quantizer import ActivationQuantizer
+from quantailor.nn.weight_quantizer import WeightQuantizer
+from quantailor.qat.distributed import put, whole
 
 Score = tuple[float, ...]  # lower is better, compared left to right; NaN counts as worst
 
 
 class Best:
-    """Keeps a copy of everything that trains, at the step with the lowest score.
+    """Keeps a copy of everything that training moves, at the step with the lowest score: parameters that train, and
+    buffers that belong to the model's state, such as the running averages of a BatchNorm.
 
     Copies live on the CPU, in the parameters' own dtype: once the size of the trained weights.
     """
@@ -17,6 +23,7 @@ class Best:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.score: Score | None = None
+        self.start_score: Score = ()
         self.step = -1
         self.start: dict[str, Tensor] = {}
         self.state: dict[str, Tensor] = {}
@@ -29,7 +36,7 @@ class Best:
             self.score, self.step = score, step
             self.state = self._copy()
             if not self.start:
-                self.start = self.state
+                self.start, self.start_score = self.state, score
         return better
 
     def restore(self) -> None:
@@ -41,10 +48,19 @@ class Best:
         self._put(self.start)
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: whole(tensor) for name, tensor in _moved(self.model)}
 
-    @torch.no_grad()
     def _put(self, state: dict[str, Tensor]) -> None:
-        parameters = dict(self.model.named_parameters())
+        places = dict([*self.model.named_parameters(), *self.model.named_buffers()])
         for name, value in state.items():
-            parameters[name].copy_(value)
+            put(places[name], value)
+
+
+def _moved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    for prefix, module in model.named_modules():
+        if not isinstance(module, WeightQuantizer | ActivationQuantizer):  # theirs are set by calibration
+            passing = module._non_persistent_buffers_set
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                if name.rpartition(".")[2] not in passing:
+                    yield name, buffer

@@ -1,27 +1,69 @@
 """How long, how fast and towards what: the settings of a QAT run, and their defaults by bit width.
 
-Learning rates fall with model size, as published ones do from 10^8 to 10^10 parameters: the table holds the rate at
-one million parameters, and rates go with the size to the power -0.65. Measured at 2 and 4 bits, between 0.26
-and 3.7 million parameters, one seed (docs/LOG.md); other rows are filled in between, larger models extrapolated.
+Everything that depends on the bits of the weights stands in `DEFAULTS`, one row a width. Learning rates fall with model
+size, as published ones do from 10^8 to 10^10 parameters: the table holds the rate at one million parameters, and
+rates go with the size to the power -0.65. Measured at 2 and 4 bits, between 0.26 and 3.7 million parameters, one
+seed (docs/LOG.md); other rows are filled in between, larger models extrapolated.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from quantailor.errors import UsageError
+
+GRADIENTS = ("lsq", "lsq+", "ste", "pact")
+PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw-8bit")
+TRAINABLE = ("all", "scales")
+PARALLEL = ("ddp", "fsdp2")
+
+
+class Defaults(NamedTuple):
+    """What a width of weights gets where nothing else is asked for."""
+
+    learning_rate: float  # of the weights, at 10^6 parameters
+    scale_learning_rate: float  # of the logarithms of the scales
+    steps: int
+    warmup: float  # share of the steps
+
+
+# Weight bits -> defaults. 0 stands for float.
+DEFAULTS: dict[int, Defaults] = {
+    1: Defaults(8.5e-4, 1e-3, 400, 0.1),
+    2: Defaults(8.5e-4, 1e-3, 400, 0.1),
+    3: Defaults(4e-4, 1e-3, 200, 0.1),
+    4: Defaults(1.5e-4, 5e-4, 200, 0.1),
+    5: Defaults(1e-4, 5e-4, 200, 0.1),
+    6: Defaults(1e-4, 3e-4, 100, 0.1),
+    7: Defaults(5e-5, 3e-4, 100, 0.1),
+    8: Defaults(5e-5, 3e-4, 100, 0.1),
+    0: Defaults(2e-4, 0.0, 200, 0.1),
+}
+_SCALES_ONLY = 5.0  # times the table's rate of scales where nothing but scales trains
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One QAT run. `None` = the default of the table for the scheme and the model's size."""
+    """One QAT run. `None` = the default of the table for the scheme and the model's size.
 
-    steps: int = 200
+    `trains` "scales": integers stay as PTQ left them; log-scales, norm gains and biases train. `layer_decay` d: the
+    block i from the top learns at d^i of the rate, embeddings one step lower still. `freeze_lower`: the share of the
+    blocks, counted from the input, that does not train, embeddings included. `freeze_ranges`: the share of the run
+    after which the scales of static inputs stay (0: from the start; None: never). `average`: the share of the run over
+    which an exponential moving average of the weights, offered beside each iterate, forgets (0: no average).
+    """
+
+    steps: int | None = None
     learning_rate: float | None = None
     scale_learning_rate: float | None = None  # of log(scale): relative change a step
-    batch_size: int = 8
+    batch_size: int = 8  # rows a forward pass, of all processes together
     accumulate: int = 1
-    warmup: float = 0.1  # share of the steps
+    warmup: float | None = None  # share of the steps
+    final_rate: float = 0.05  # what the cosine ends at, as a share of the highest rate
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     kl_weight: float = 1.0  # KL to the float teacher
@@ -29,10 +71,27 @@ class Settings:
     temperature: float = 1.0
     evaluations: int = 8  # how often the best iterate is looked for
     seed: int = 0
+    trains: str = "all"
+    gradient: str = "lsq"
+    clip_decay: float = 1e-4  # PACT's L2 on its clipping level
+    layer_decay: float = 1.0
+    freeze_lower: float = 0.0
+    freeze_ranges: float | None = None
+    cage: float = 0.0  # strength of the pull towards the grid
+    freeze_oscillating: float | None = None  # frequency above which a weight is frozen onto its integer
+    average: float = 0.0
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    parallel: str = "ddp"  # what several processes do with the model
+    deterministic: bool = False
+    checkpoint_every: int = 25  # steps, where there is a work folder
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"steps={self.steps} trains nothing; use 1 or more")
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}={value} trains nothing; use 1 or more")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"seed={self.seed} must be 0 or more and below 2^31")
         for name in ("learning_rate", "scale_learning_rate"):
@@ -43,27 +102,48 @@ class Settings:
             raise UsageError(
                 f"kl_weight={self.kl_weight}, task_weight={self.task_weight}: neither may be negative, one must count"
             )
+        for name in ("warmup", "freeze_ranges", "freeze_oscillating", "final_rate", "freeze_lower", "average"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"{name}={value} is a share; use 0 to 1")
+        if self.freeze_lower == 1:
+            raise UsageError("freeze_lower=1 leaves no block to train; use less than 1")
+        if not 0 < self.layer_decay <= 1:
+            raise UsageError(f"layer_decay={self.layer_decay} must be above 0 and at most 1, which is no decay")
+        for name in ("cage", "clip_decay"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise UsageError(f"{name}={getattr(self, name)} must be 0 or more")
+        for name, known in (
+            ("trains", TRAINABLE),
+            ("gradient", GRADIENTS),
+            ("precision", PRECISIONS),
+            ("optimizer", OPTIMIZERS),
+            ("parallel", PARALLEL),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name}={getattr(self, name)!r} is not known; use {' or '.join(known)}")
+        if self.trains == "scales":
+            for name, off in (("gradient", "lsq"), ("cage", 0.0), ("freeze_oscillating", None)):
+                if getattr(self, name) != off:
+                    raise UsageError(
+                        f"{name}={getattr(self, name)!r} is about weights that move, and trains='scales' moves none; "
+                        "leave one of the two out"
+                    )
 
 
-# Weight bits -> learning rate of weights and of log-scales, at 10^6 parameters. 0 stands for float.
-LEARNING_RATES: dict[int, tuple[float, float]] = {
-    1: (8.5e-4, 1e-3),
-    2: (8.5e-4, 1e-3),
-    3: (4e-4, 1e-3),
-    4: (1.5e-4, 5e-4),
-    5: (1e-4, 5e-4),
-    6: (1e-4, 3e-4),
-    7: (5e-5, 3e-4),
-    8: (5e-5, 3e-4),
-    0: (2e-4, 0.0),
-}
+def resolved(settings: Settings, weight_bits: int) -> Settings:
+    """The same with the table's steps and warm-up where none are asked for."""
+    row = DEFAULTS[weight_bits]
+    steps = row.steps if settings.steps is None else settings.steps
+    return dataclasses.replace(settings, steps=steps, warmup=row.warmup if settings.warmup is None else settings.warmup)
 
 
 def learning_rates(settings: Settings, weight_bits: int, num_parameters: int) -> tuple[float, float]:
     """(of the weights, of the log-scales), from the settings or the table."""
     size = (num_parameters / 1e6) ** -0.65
-    weights, scales = LEARNING_RATES[weight_bits]
+    row = DEFAULTS[weight_bits]
+    scales = row.scale_learning_rate * (_SCALES_ONLY if settings.trains == "scales" else 1.0)
     return (
-        settings.learning_rate if settings.learning_rate is not None else weights * size,
+        settings.learning_rate if settings.learning_rate is not None else row.learning_rate * size,
         settings.scale_learning_rate if settings.scale_learning_rate is not None else scales,
     )

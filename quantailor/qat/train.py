@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +16,33 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from quantailor.data.examples import Examples
+from quantailor.errors import UsageError
 from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
+from quantailor.qat import checkpoint, distributed
 from quantailor.qat.best import Best, Score
-from quantailor.qat.settings import Settings, learning_rates
-from quantailor.qat.trainer import QATTrainer, Watch
+from quantailor.qat.groups import freeze_lower, freeze_matrices, kinds_of
+from quantailor.qat.quantizers import StandIns, stand_ins
+from quantailor.qat.settings import Settings, learning_rates, resolved
+from quantailor.qat.sharding import scored_sharded, sharded
+from quantailor.qat.stabilizer import Stabilizer
+from quantailor.qat.trainer import QATTrainer, adamw
+from quantailor.qat.watch import Watch
+from quantailor.store.work import Work
 
 Validate = Callable[[nn.Module], Score]
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run did. `start`, `best` are scores of `validate`, lower is better; `best_step` 0 = the start was kept."""
+    """What a run did. `start`, `best` are scores of `validate`, lower is better; `best_step` 0 = the start was kept.
+
+    `curve`: (step, score) of each look; `losses`: (step, mean training loss since the last one). `optimizer_bytes`: of
+    the optimizer's tensors in this process.
+    """
 
     steps: int
     best_step: int
@@ -39,6 +53,8 @@ class TrainReport:
     scale_learning_rate: float = 0.0
     trainable: int = 0
     notes: list[str] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    optimizer_bytes: int = 0
 
     @property
     def improved(self) -> bool:
@@ -59,41 +75,55 @@ def train(
     *,
     teacher: nn.Module | None = None,
     progress: Progress | None = None,
+    work: Work | None = None,
+    saves: bool | None = None,
 ) -> TrainReport:
     """Train `model` (fake-quantized, or float as the control) in place, to its best iterate, the start included.
 
     `validate` gives a score, lower is better; it is asked before the first step and `settings.evaluations` times.
-    `teacher` None: only the task's loss counts. Raises: QuantailorError if training diverges twice.
+    `teacher` None: only the task's loss counts. With `work` (made with `states=checkpoint.KEPT`) training goes on
+    behind the last checkpoint in it; where several processes train, the first one has it and the others say `saves`.
+    Where torch.distributed is initialised, every process calls this with the same arguments.
+    Raises: QuantailorError if training diverges twice; UsageError where a setting does not suit the model.
     """
     bits = weight_bits(model)
+    settings = resolved(settings, bits)
+    assert settings.steps is not None
     rates = learning_rates(settings, bits, sum(p.numel() for p in model.parameters()))
-    best = Best(model)
-    start = validate(model)
-    best.offer(0, start)
-    every = max(1, settings.steps // max(1, settings.evaluations))
     notes = _uncalibrated(model)
-    with tempfile.TemporaryDirectory() as folder, (progress or Progress()).task("training", settings.steps) as advance:
-        watch = Watch(best, validate, every, advance)
-        arguments = _arguments(folder, settings, rates[0])
-        set_seed(settings.seed)
-        trainer = QATTrainer(
-            model,
-            arguments,
-            task=examples.task,
-            teacher=teacher,
-            settings=settings,
-            rates=rates,
-            train_dataset=examples.dataset,
-            data_collator=examples.collator,
-            callbacks=[watch],
+    saves = work is not None if saves is None else saves
+    _check(settings)
+    with ExitStack() as stack:
+        stack.enter_context(repeatable(settings))
+        standing = stack.enter_context(stand_ins(model, settings))
+        stack.enter_context(_frozen(model, settings))
+        _check_has_effect(model, settings)
+        trained = model
+        if settings.parallel == "fsdp2":
+            trained, validate = sharded(model, _device()), scored_sharded(validate)
+        best = Best(trained)
+        restored = checkpoint.newest(work) if saves else None
+        if restored is None:
+            best.offer(0, validate(trained))
+        else:
+            restored.put_best(best)
+        watch, trainer = _run(
+            trained, examples, validate, settings, rates, best, teacher, progress, work, saves, restored, bits
         )
-        # Trainer's own console printer: figures of ours stand in its place.
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-                trainer.remove_callback(callback)
-        trainer.train()
-    best.restore()
+        best.model = model
+        best.restore()
+        _settle(standing, best)
+        stabilizer = watch.stabilizer
+        notes += stabilizer.notes() if stabilizer is not None else []
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.eval()
+    if restored is not None:
+        notes.append(f"training went on from step {restored.record['step']}, where it had been interrupted")
+    if trainer.parts > 1:
+        notes.append(
+            f"memory ran out: batches of {settings.batch_size} rows were split into {trainer.parts} parts, whose "
+            "gradients are summed; a step counts as many rows as before"
+        )
     if watch.skipped:
         notes.append(f"{watch.skipped} steps skipped: their gradient was not finite")
     if watch.recoveries:
@@ -104,14 +134,137 @@ def train(
     return TrainReport(
         steps=settings.steps,
         best_step=best.step,
-        start=start,
+        start=best.start_score,
         best=best.score,
-        curve=[(0, start), *watch.curve],
+        curve=[(0, best.start_score), *watch.curve],
         learning_rate=rates[0],
         scale_learning_rate=rates[1],
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable=trainable,
         notes=notes,
+        losses=watch.losses,
+        optimizer_bytes=_optimizer_bytes(trainer),
     )
+
+
+def _run(
+    model: nn.Module,
+    examples: Examples,
+    validate: Validate,
+    settings: Settings,
+    rates: tuple[float, float],
+    best: Best,
+    teacher: nn.Module | None,
+    progress: Progress | None,
+    work: Work | None,
+    saves: bool,
+    restored: checkpoint.Restored | None,
+    bits: int,
+) -> tuple[Watch, QATTrainer]:
+    """The steps that are left."""
+    assert settings.steps is not None
+    every = max(1, settings.steps // max(1, settings.evaluations))
+    stabilizer = Stabilizer(model, settings) if settings.cage or settings.freeze_oscillating is not None else None
+    quiet = Progress() if distributed.rank() else progress or Progress()
+    with tempfile.TemporaryDirectory() as folder, quiet.task("training", settings.steps) as advance:
+        watch = Watch(best, validate, every, advance, settings, work=work, saves=saves, stabilizer=stabilizer)
+        arguments = _arguments(folder, settings, rates[0])
+        set_seed(settings.seed)
+        trainer = QATTrainer(
+            model,
+            arguments,
+            task=examples.task,
+            teacher=teacher,
+            settings=settings,
+            rates=rates,
+            restored=restored,
+            train_dataset=examples.dataset,
+            data_collator=examples.collator,
+            callbacks=[watch, *([stabilizer] if stabilizer is not None else [])],
+        )
+        # Trainer's own console printer: figures of ours stand in its place.
+        for callback in list(trainer.callback_handler.callbacks):
+            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+                trainer.remove_callback(callback)
+        watch.trainer, watch.buffers = trainer, checkpoint.Buffers(model)
+        state = None
+        if restored is not None:
+            watch.load(restored)
+            state = checkpoint.trainer_state(restored, Path(folder))
+            if restored.record["step"] >= settings.steps:  # the Trainer would make one step more
+                restored.put_model(model)
+                watch.finish_look(model, settings.steps, saves=False)
+                return watch, trainer
+        with watch:
+            trainer.train(resume_from_checkpoint=state)
+    return watch, trainer
+
+
+def _check(settings: Settings) -> None:
+    world = distributed.world()
+    if settings.parallel == "fsdp2" and world == 1:
+        raise UsageError("parallel='fsdp2' shares a model between processes, and this is one; start it by torchrun")
+    if settings.batch_size % world:
+        raise UsageError(f"batch_size={settings.batch_size} is shared by {world} processes; use a multiple of {world}")
+    if settings.parallel == "fsdp2" and (settings.cage or settings.freeze_oscillating is not None):
+        raise UsageError("cage and freeze_oscillating look at whole weights; use parallel='ddp'")
+    if settings.parallel == "fsdp2" and settings.optimizer != "adamw":
+        raise UsageError("optimizer='adamw-8bit' does not know sharded weights; use parallel='ddp', or 'adamw'")
+    adamw(settings)
+
+
+def _check_has_effect(model: nn.Module, settings: Settings) -> None:
+    """Raises: UsageError where nothing trains, or a setting is about something that this model does not have."""
+    kinds = set(kinds_of(model).values())
+    if not kinds:
+        raise UsageError("nothing is left to train; freeze less")
+    if settings.freeze_ranges is not None and "ranges" not in kinds:
+        raise UsageError("freeze_ranges is about scales of static inputs, and none is trained here; leave it out")
+    pulled = any(m.weight.requires_grad and m.weight_quantizer is not None for _, m in modules_of(model, FAKE_QUANT))
+    if (settings.cage or settings.freeze_oscillating is not None) and not pulled:
+        raise UsageError("cage and freeze_oscillating act on weights with a grid, and none is trained; leave them out")
+
+
+@contextmanager
+def _frozen(model: nn.Module, settings: Settings) -> Iterator[None]:
+    """What the settings freeze does not train in the block."""
+    stopped = freeze_matrices(model) if settings.trains == "scales" else []
+    try:
+        stopped += freeze_lower(model, settings.freeze_lower)
+        yield
+    finally:
+        for parameter in stopped:
+            parameter.requires_grad_(True)
+
+
+def _settle(standing: StandIns, best: Best) -> None:
+    if best.step > 0:
+        standing.settle()
+
+
+@contextmanager
+def repeatable(settings: Settings) -> Iterator[None]:
+    """With `settings.deterministic`: one thread, and only such kernels as give the same bits each time. As it was
+    afterwards."""
+    if not settings.deterministic:
+        yield
+        return
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+
+
+def _optimizer_bytes(trainer: QATTrainer) -> int:
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    if optimizer is None:  # all steps had been made before
+        return 0
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return sum(distributed.local(t).numel() * t.element_size() for t in tensors)
 
 
 def _uncalibrated(model: nn.Module) -> list[str]:
@@ -128,19 +281,28 @@ def _uncalibrated(model: nn.Module) -> list[str]:
     )
 
 
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def _arguments(folder: str, settings: Settings, learning_rate: float) -> TrainingArguments:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    assert settings.steps is not None and settings.warmup is not None
     options: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": settings.steps,
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": settings.batch_size // distributed.world(),
         "gradient_accumulation_steps": settings.accumulate,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.05},
+        "lr_scheduler_kwargs": {"min_lr_rate": settings.final_rate},
         "warmup_steps": round(settings.warmup * settings.steps),
         "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.precision == "bfloat16",
+        "activation_checkpointing": settings.gradient_checkpointing,
         "seed": settings.seed,
         "data_seed": settings.seed,
         "logging_strategy": "no",

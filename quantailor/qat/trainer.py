@@ -1,28 +1,38 @@
-"""HF's Trainer, with what QAT adds: distillation, scales in a group of their own, guards, the best iterate.
+"""HF's Trainer, with what QAT adds: distillation, scales in a group of their own, batches that are split when memory
+runs out, and checkpoints without pickle.
 
 The training loop, mixed precision, accumulation and distribution are the Trainer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainingArguments
 
-from quantailor.errors import QuantailorError
-from quantailor.progress import Advance
-from quantailor.qat.best import Best, Score
+from quantailor.errors import QuantailorError, UsageError
+from quantailor.qat import distributed
+from quantailor.qat.checkpoint import Restored, restore_optimizer, restore_random
+from quantailor.qat.groups import parameter_groups
 from quantailor.qat.losses import kl_to_teacher, scored, task_loss
+from quantailor.qat.quantizers import clipping_penalty
 from quantailor.qat.settings import Settings
 
-_STRIKES = 3  # steps in a row without a finite gradient before training goes back to its best iterate
+_HALVINGS = 4  # how often a micro-batch is split before memory is called too small
 
 
 class QATTrainer(Trainer):
-    """`teacher` None: only the task's loss. The log-scales are in a no-decay group with a rate of their own."""
+    """`teacher` None: only the task's loss. The log-scales are in a no-decay group with a rate of their own.
+
+    `parts`: into how many pieces each micro-batch is split, 1 until memory runs out. `restored`: where to go on from.
+    """
 
     def __init__(
         self,
@@ -33,33 +43,30 @@ class QATTrainer(Trainer):
         teacher: nn.Module | None,
         settings: Settings,
         rates: tuple[float, float],
+        restored: Restored | None = None,
         **others: Any,
     ) -> None:
-        self.task, self.teacher, self.settings, self.rates = task, teacher, settings, rates
+        self.task, self.teacher, self.settings, self.rates, self.restored = task, teacher, settings, rates, restored
+        self.parts = restored.record["parts"] if restored else 1
+        self.losses: list[Tensor] = []  # of the micro-batches since the last look, each its share of a step
+        self._share = 1.0
+        self._done: list[Any] = []  # micro-batches of this step whose gradients are summed already
         super().__init__(model=model, args=arguments, **others)
+        if isinstance(model, FSDPModule):  # sharded by sharding.py: placed, and its gradients reduced, by itself
+            self.is_distributed_loading_by_transformers = True
         # The loss is a mean over a micro-batch: Trainer is to divide it by how many of them a step has.
         self.model_accepts_loss_kwargs = False
         if self.teacher is not None:
             self.teacher.to(self.args.device).eval()  # not frozen: it is the caller's, and runs under no_grad
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
-        """AdamW over three groups: matrices, vectors (no decay), log-scales (no decay, own rate)."""
+        """AdamW over the groups of groups.py. Raises: UsageError where 8-bit states are asked for and not to be had."""
         assert self.model is not None
-        groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "scales": []}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                kind = "scales" if name.endswith("log_scale") else "matrices" if parameter.dim() >= 2 else "vectors"
-                groups[kind].append(parameter)
-        weight_rate, scale_rate = self.rates
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": groups["matrices"], "lr": weight_rate, "weight_decay": self.settings.weight_decay},
-                {"params": groups["vectors"], "lr": weight_rate, "weight_decay": 0.0},
-                {"params": groups["scales"], "lr": scale_rate, "weight_decay": 0.0},
-            ],
-            betas=(0.9, 0.99),
-        )
+        groups = parameter_groups(self.model, self.settings, self.rates)
+        self.optimizer = adamw(self.settings)(groups, betas=(0.9, 0.99))
         return self.optimizer
+
+    # ------------------------------------------------------------------------------------------------ the loss
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
@@ -75,75 +82,117 @@ class QATTrainer(Trainer):
             with torch.no_grad():
                 teacher, _targets = scored(self.teacher(**rest).logits, labels, self.task)
             loss = loss + self.settings.kl_weight * kl_to_teacher(student, teacher, self.settings.temperature)
+        if self.settings.gradient == "pact" and (penalty := clipping_penalty(model)) is not None:
+            loss = loss + self.settings.clip_decay * penalty
+        loss = loss * self._share
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **others: Any) -> Tensor:
+        """One micro-batch, in `parts` pieces; in more of them if memory runs out, the whole step again.
 
-class Watch(TrainerCallback):
-    """Looks for the best iterate, skips steps whose gradient is not finite, and reports progress."""
+        Pieces count by their scored positions, so that their gradients add up to the micro-batch's.
+        """
+        loss: Tensor | None = None
+        while loss is None:
+            try:
+                loss = self._in_parts(model, inputs, *more, **others)
+            except (MemoryError, RuntimeError) as error:
+                self._split(error, inputs)
+            if loss is None:  # outside of `except`: the traceback would keep the activations
+                self._clear(model)
+                for earlier in self._done:
+                    self._in_parts(model, earlier, *more, **others)
+        self._done.append(inputs)
+        if self.accelerator.sync_gradients:
+            self._done = []
+        self.losses.append(loss)
+        return loss
 
-    def __init__(self, best: Best, validate: Callable[[nn.Module], Score], every: int, advance: Advance) -> None:
-        self.best, self.validate, self.every, self.advance = best, validate, every, advance
-        self.strikes = 0
-        self.recoveries = 0
-        self.skipped = 0
-        self.curve: list[tuple[int, Score]] = []
+    def _in_parts(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **others: Any) -> Tensor:
+        rows = len(inputs["labels"])
+        pieces = min(self.parts, rows)
+        if pieces == 1:
+            return super().training_step(model, inputs, *more, **others)
+        splits = {name: value.tensor_split(pieces) for name, value in inputs.items()}
+        counts = [self._positions(labels) for labels in splits["labels"]]
+        total = torch.zeros((), device=self.args.device)
+        try:
+            for number, count in enumerate(counts):
+                if count:
+                    self._share = count / sum(counts)
+                    piece = {name: split[number] for name, split in splits.items()}
+                    total += super().training_step(model, piece, *more, **others)
+        finally:
+            self._share = 1.0
+        return total
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        lr_scheduler: Any = None,
-        **_: Any,
-    ) -> None:
-        assert model is not None
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if _all_finite(gradients):
-            self.strikes = 0
-            return
-        self.skipped += 1
-        self.strikes += 1
-        for parameter in model.parameters():
-            parameter.grad = None  # the optimizer passes over parameters without one
-        if self.strikes < _STRIKES:
-            return
-        if self.recoveries:
+    def _positions(self, labels: Tensor) -> int:
+        if self.task == "classification":
+            return len(labels)
+        return int((labels[:, 1:] != -100).sum())
+
+    def _split(self, error: BaseException, inputs: dict[str, Any]) -> None:
+        """Twice as many pieces. Raises: `error` if it is no lack of memory; QuantailorError if none is left."""
+        if not is_out_of_memory(error):
+            raise error
+        if distributed.world() > 1:  # the others wait in a collective that this process would have to repeat
+            raise QuantailorError("a process ran out of memory; use a smaller --batch-size with more --accumulate")
+        rows = len(inputs["labels"])
+        if self.parts >= min(rows, 2**_HALVINGS):
             raise QuantailorError(
-                f"training diverged twice (no finite gradient for {_STRIKES} steps at step {state.global_step}); "
-                "lower --learning-rate"
+                f"out of memory with micro-batches of {-(-rows // self.parts)} rows; use a shorter --context, "
+                "--gradient-checkpointing, or a machine with more memory"
             )
-        self.best.restore()
-        self.recoveries += 1
-        self.strikes = 0
-        inner = getattr(optimizer, "optimizer", optimizer)
-        assert inner is not None
-        for group in inner.param_groups:
-            group["lr"] *= 0.5
-            group["initial_lr"] = group.get("initial_lr", group["lr"]) * 0.5
-        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
-        if schedule is not None:  # it computes each step's rates from its own copy of the first ones
-            schedule.base_lrs = [0.5 * rate for rate in schedule.base_lrs]
+        self.parts = min(2 * self.parts, rows)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        assert model is not None
-        self.advance(1)
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            score = self.validate(model)
-            self.curve.append((state.global_step, score))
-            self.best.offer(state.global_step, score)
+    def _clear(self, model: nn.Module) -> None:
+        model.zero_grad()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # ------------------------------------------------------------------------------------------------ going on
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self.restored is not None and self.model is not None
+        self.restored.put_model(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.restored is not None
+            restore_optimizer(self.restored, self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.restored is not None
+            restore_random(self.restored)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """bfloat16 needs none."""
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Of a model that `train` sharded: micro-batches before the last leave their gradients unreduced."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
 
 
-def _all_finite(gradients: list[Tensor]) -> bool:
-    if not gradients:
-        return True
-    norms = torch._foreach_norm(gradients)
-    return bool(torch.isfinite(torch.stack([n.float() for n in norms])).all())
+def adamw(settings: Settings) -> Any:
+    """The optimizer's class. Raises: UsageError where it is not installed."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "optimizer='adamw-8bit' needs bitsandbytes, which is not installed; pip install bitsandbytes, or leave the "
+            "optimizer out"
+        )
+    return importlib.import_module("bitsandbytes.optim").AdamW8bit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, torch on a GPU or torch on a CPU says that memory ran out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from quantailor.data.examples import Examples
 from quantailor.data.loading import Data, load_examples, overlap, split
+from quantailor.environment import environment
 from quantailor.errors import UntrustedInput, UsageError
 from quantailor.evaluate.classification import ClassificationResult
 from quantailor.evaluate.run import evaluate as measure
@@ -22,12 +24,18 @@ from quantailor.models.loading import (
 )
 from quantailor.models.prepare import unpack_model
 from quantailor.progress import Progress
+from quantailor.qat import distributed
+from quantailor.qat.checkpoint import KEPT, fingerprint
 from quantailor.qat.settings import Settings
+from quantailor.qat.train import repeatable
 from quantailor.qat.train import train as run_training
 from quantailor.recipe import Rule
 from quantailor.spec import Scheme
+from quantailor.store.lock import locked
+from quantailor.store.publish import DiskFull, is_disk_full, new_folder
 from quantailor.store.untrusted import scan_model_folder
-from quantailor.verbs.model import Model, as_model, check_comparable, examples_for, load, probe_of
+from quantailor.store.work import Work, work_folder
+from quantailor.verbs.model import Model, as_model, check_comparable, examples_for, fill, load, probe_of
 from quantailor.verbs.quantizing import quantize
 
 
@@ -45,14 +53,77 @@ def train(
     rules: Sequence[Rule] = (),
     ragged: bool = True,
     progress: Progress | None = None,
+    work: str | Path | None = None,
 ) -> Model:
     """QAT: from PTQ (done first if the model is float) to the best iterate of training; never worse than its start.
 
     `scheme` "float" trains without quantization: the task fine-tune of a bare encoder, and the control. `teacher`
     "self" is the float model itself, None leaves only the task's loss. Without `eval_data` a tenth of `data` is held
-    out to choose the best iterate. Raises: UsageError, UntrustedInput as the parts do.
+    out to choose the best iterate. `work` is a folder for checkpoints: after a kill the same call goes on behind the
+    last one (PTQ is done again, to the same integers), and the weights are those of a run that was never stopped.
+    It is removed once training is done. Where torch.distributed is initialised, every process calls this.
+    Raises: UsageError, UntrustedInput as the parts do; Busy if another process trains in `work`.
     """
     settings = settings or Settings()
+    with repeatable(settings):
+        return _train(
+            model,
+            data,
+            scheme,
+            eval_data,
+            teacher,
+            settings,
+            method,
+            samples,
+            context,
+            rules,
+            ragged,
+            progress,
+            None if work is None else Path(work),
+        )
+
+
+def train_folder(
+    model: str | Path | Model,
+    data: Data | Examples,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    format: str | None = None,
+    inputs: Sequence[Path] = (),
+    **options: Any,
+) -> Model:
+    """`train` and `save`, with the checkpoints in a hidden folder beside `out`: the same call goes on after a kill.
+
+    `options`: those of `train`, `work` aside. `inputs`: paths that `out` must not touch. Where torch.distributed is
+    initialised, every process calls this and the first one writes.
+    """
+    out = Path(out)
+    with ExitStack() as stack:
+        place = None
+        if distributed.rank() == 0:
+            place = stack.enter_context(new_folder(out, overwrite=overwrite, inputs=inputs))
+        trained = train(model, data, work=work_folder(out), **options)
+        if place is not None:
+            fill(place, trained, format)
+    return trained
+
+
+def _train(
+    model: str | Path | Model,
+    data: Data | Examples,
+    scheme: str | Scheme | None,
+    eval_data: Data | Examples | None,
+    teacher: str | Path | Model | None,
+    settings: Settings,
+    method: str | None,
+    samples: int,
+    context: int,
+    rules: Sequence[Rule],
+    ragged: bool,
+    progress: Progress | None,
+    folder: Path | None,
+) -> Model:
     parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
     source, train_data, new_head = _for_training(model, data, context, settings.seed)
     if source.state is None and parsed is None:
@@ -103,9 +174,26 @@ def train(
             (-result.value, result.mean_loss) if isinstance(result, ClassificationResult) else (result.nats_per_token,)
         )
 
-    report = run_training(
-        started.model, train_data, score, settings, teacher=reference.model if reference else None, progress=progress
-    )
+    with ExitStack() as stack:
+        work = None
+        if folder is not None and distributed.rank() == 0:
+            stack.enter_context(locked(folder))
+            config = _config(started, reference, train_data, held_out, settings)
+            work = stack.enter_context(_working(folder, config, progress))
+            if work.fresh_because:
+                notes.append(
+                    f"unfinished work was found and not continued: {work.fresh_because}; training started afresh"
+                )
+        report = run_training(
+            started.model,
+            train_data,
+            score,
+            settings,
+            teacher=reference.model if reference else None,
+            progress=progress,
+            work=work,
+            saves=folder is not None,
+        )
     if started.state is not None:
         started.state.notes += report.notes
         if report.improved:
@@ -113,6 +201,40 @@ def train(
     return dataclasses.replace(
         started, training=report, notes=notes + report.notes, probe=probe_of(held_out), details={}
     )
+
+
+@contextmanager
+def _working(folder: Path, config: dict[str, Any], progress: Progress | None) -> Iterator[Work]:
+    """The checkpoints of this very run, or none yet. They go when it is done, or failed before the first of them."""
+    work = Work(folder, config, states=KEPT)
+    if work.fresh_because and progress is not None:
+        progress.say(f"the unfinished training in {folder} is not continued: {work.fresh_because}; starting afresh")
+    if work.records and progress is not None:
+        progress.say(f"going on behind step {work.records[-1]['step']}")
+    try:
+        yield work
+    except BaseException as error:
+        if not work.records or isinstance(error, DiskFull) or is_disk_full(error):
+            work.remove()
+        raise
+    work.remove()
+
+
+def _config(
+    started: Model, reference: Model | None, train_data: Examples, held_out: Examples, settings: Settings
+) -> dict[str, Any]:
+    """What a run is. Another model, other integers of PTQ, data, settings, versions or processes are another run."""
+    versions = {name: value for name, value in environment().items() if name != "threads"}
+    return {
+        "start": fingerprint(started.model),
+        "teacher": fingerprint(reference.model) if reference else None,
+        "training data": train_data.fingerprint,
+        "evaluation data": held_out.fingerprint,
+        "task": started.task,
+        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "checkpoint_every"},
+        "processes": distributed.world(),
+        "versions": versions,
+    }
 
 
 def _for_training(

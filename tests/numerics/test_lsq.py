@@ -3,7 +3,7 @@ import torch
 
 from quantailor.numerics.affine import fake_quantize
 from quantailor.numerics.grids import decode, encode, limits
-from quantailor.numerics.lsq import gradient_scale, lsq
+from quantailor.numerics.lsq import gradient_scale, lsq, lsq_plus
 from quantailor.spec import Balanced, Binary, Int, Ternary
 
 GRIDS = [
@@ -117,3 +117,54 @@ def test_a_fixed_scale_costs_no_gradient():
     x = torch.randn(4, requires_grad=True)
     lsq(x, torch.ones(1), 0, -8, 7, g=1.0).sum().backward()
     assert x.grad is not None
+
+
+def plus_by_definition(x, scale, zero, qmin, qmax, g, grad):
+    """(x_hat, gradients of x, scale, zero), one element at a time, a scale and a zero point for all."""
+    z = round(zero)
+    x_hat, grad_x, grad_scale, grad_zero = [], [], 0.0, 0.0
+    for value, one in zip(x.tolist(), grad.tolist()):
+        v = value / scale + z
+        q = min(max(round(value / scale) + z, qmin), qmax)
+        x_hat.append((q - z) * scale)
+        if qmin < v < qmax:
+            grad_x.append(one)
+            grad_scale += one * (q - v)
+        else:
+            grad_x.append(0.0)
+            grad_scale += one * (q - z)
+            grad_zero += one * -scale
+    return x_hat, grad_x, grad_scale * g, grad_zero * g
+
+
+@pytest.mark.parametrize("zero", [-8.0, -2.4, 0.0, 0.49, 5.5, 7.0])
+@pytest.mark.parametrize("width", [0.2, 2.0, 9.0])
+def test_lsq_plus_is_its_definition(zero, width):
+    x = (torch.randn(300, dtype=torch.float64) * width).requires_grad_()
+    scale = torch.tensor(0.31, dtype=torch.float64, requires_grad=True)
+    z = torch.tensor(zero, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(300, dtype=torch.float64)
+    found = lsq_plus(x, scale, z, -8, 7, g=0.05)
+    found.backward(grad)
+    x_hat, grad_x, grad_scale, grad_zero = plus_by_definition(x.detach(), 0.31, zero, -8, 7, 0.05, grad)
+
+    torch.testing.assert_close(found.detach(), torch.tensor(x_hat, dtype=torch.float64))
+    torch.testing.assert_close(x.grad, torch.tensor(grad_x, dtype=torch.float64))
+    assert scale.grad.item() == pytest.approx(grad_scale) and z.grad.item() == pytest.approx(grad_zero)
+
+
+def test_the_zero_points_gradient_is_that_of_the_papers_offset():
+    """beta = -z * scale: d/d beta is 1 where clipped and 0 elsewhere, so d/d z = -scale where clipped."""
+    x, scale = torch.tensor([-9.0, 0.1, 9.0]), torch.full((3,), 0.5)
+    z = torch.zeros(3, requires_grad=True)
+    lsq_plus(x, scale, z, -8, 7, g=1.0).sum().backward()
+    assert z.grad.tolist() == [-0.5, 0.0, -0.5]
+
+
+def test_lsq_plus_at_a_whole_zero_point_is_lsq():
+    x, scale = torch.randn(4, 3, 16), torch.rand(4, 3, 1) + 0.01
+    zero = torch.randint(-8, 8, (4, 3, 1))
+    assert torch.equal(lsq_plus(x, scale, zero.float(), -8, 7, g=1.0), lsq(x, scale, zero, -8, 7, g=1.0))
+    z = zero.float().requires_grad_()
+    lsq_plus(x, scale, z, -8, 7, g=1.0).sum().backward()
+    assert z.grad.shape == z.shape

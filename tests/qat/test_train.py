@@ -15,9 +15,10 @@ from quantailor.progress import Progress
 from quantailor.qat import trainer as trainer_module
 from quantailor.qat.best import Best
 from quantailor.qat.losses import kl_to_teacher, scored, task_loss
-from quantailor.qat.settings import Settings
+from quantailor.qat.settings import Settings, resolved
 from quantailor.qat.train import _arguments, train, weight_bits
 from quantailor.qat.trainer import QATTrainer
+from quantailor.qat.watch import Watch
 
 TASK_ONLY = {"kl_weight": 0.0, "task_weight": 1.0}
 
@@ -239,7 +240,7 @@ def test_weights_stay_finite_where_every_gradient_is_huge(run, broken_at):
 
 
 def made(model, examples, teacher=None, folder="unused", **settings):
-    options = Settings(**{"steps": 2, "batch_size": 4, **settings})
+    options = resolved(Settings(**{"steps": 2, "batch_size": 4, **settings}), weight_bits(model))
     return QATTrainer(
         model,
         _arguments(str(folder), options, 1e-3),
@@ -257,15 +258,19 @@ def test_log_scales_are_in_a_group_of_their_own_without_decay(simulated_at, trai
     model = copy.deepcopy(simulated_at(scheme).model)
     groups = made(model, train_data, weight_decay=0.1, folder=tmp_path).create_optimizer().param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    matrices, vectors, scales = ([names[id(p)] for p in group["params"]] for group in groups)
+    matrices, vectors, scales, *ranges = ([names[id(p)] for p in group["params"]] for group in groups)
 
-    assert all(name.endswith("log_scale") for name in scales)
-    assert len(scales) == 14 * (2 if scheme.endswith("static") else 1), "one a layer, and one an input where static"
+    assert [group["kind"] for group in groups] == ["matrices", "vectors", "scales", "ranges"][: len(groups)]
+    assert all(name.endswith("weight_quantizer.log_scale") for name in scales) and len(scales) == 14
+    assert len(groups) == (4 if scheme.endswith("static") else 3)
+    if ranges:
+        assert all(name.endswith("input_quantizer.log_scale") for name in ranges[0]) and len(ranges[0]) == 14
+        scales += ranges[0]
     assert not any(name.endswith("log_scale") for name in matrices + vectors)
     assert sorted(matrices + vectors + scales) == sorted(names.values()), "every parameter once"
     assert all("norm" in name or name.endswith("bias") for name in vectors)
-    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 5e-4]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 5e-4, 5e-4][: len(groups)]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0][: len(groups)]
 
 
 def test_nf4_has_no_scale_to_learn(simulated_at, train_data, tmp_path):
@@ -373,3 +378,94 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     largest = max(float(g.abs().max()) for g in whole.values())
     assert whole.keys() == parts.keys()
     assert all(torch.allclose(whole[n], parts[n], rtol=1e-3, atol=1e-5 * largest) for n in whole)
+
+
+# ------------------------------------------------------------------------------------------------ what the settings do
+
+
+def test_static_ranges_stop_where_they_are_told_to(run, monkeypatch):
+    """After half of the run scales of inputs stay, those of weights go on."""
+    seen = []
+    real = Watch.on_step_end
+
+    def keep(self, args, state, control, model=None, **more):
+        seen.append(parameters(model))
+        real(self, args, state, control, model=model, **more)
+
+    monkeypatch.setattr(Watch, "on_step_end", keep)
+    _, _, before = run("w8a8-static", freeze_ranges=0.5, steps=8, warmup=0.0, validate=falling())
+    inputs = [n for n in before if n.endswith("input_quantizer.log_scale")]
+    weights = [n for n in before if n.endswith("weight_quantizer.log_scale")]
+    assert len(inputs) == 14
+    for step, (earlier, later) in enumerate(zip([before, *seen], seen)):
+        moved = [n for n in inputs if not torch.equal(earlier[n], later[n])]
+        assert len(moved) > 10 if step < 4 else not moved, step
+        assert any(not torch.equal(earlier[n], later[n]) for n in weights)
+
+
+def test_ranges_can_stay_from_the_start(run):
+    model, _, before = run("w8a8-static", freeze_ranges=0.0, validate=falling())
+    after = parameters(model)
+    assert all(torch.equal(after[n], before[n]) for n in before if n.endswith("input_quantizer.log_scale"))
+
+
+def test_frozen_blocks_do_not_move_and_train_again_later(run):
+    model, report, before = run(freeze_lower=0.5, validate=falling())
+    after = parameters(model)
+    moved = {n for n in before if not torch.equal(after[n], before[n])}
+    assert moved and not any(".layers.0." in n or "embed" in n for n in moved)
+    assert all(p.requires_grad for p in model.parameters())
+    assert report.trainable == sum(v.numel() for n, v in before.items() if ".layers.0." not in n and "embed" not in n)
+
+
+def test_gradient_checkpointing_changes_no_bit(run):
+    plain, saving = (run(gradient_checkpointing=on, validate=falling())[0] for on in (False, True))
+    assert same(parameters(plain), parameters(saving))
+
+
+def test_mixed_precision_is_near_and_leaves_float32(run):
+    _, full, _ = run(steps=12, learning_rate=2e-3)
+    model, mixed, _ = run(steps=12, learning_rate=2e-3, precision="bfloat16")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert mixed.losses != full.losses
+    for (_, one), (_, other) in zip(full.losses, mixed.losses):
+        assert other == pytest.approx(one, rel=0.1)
+
+
+def test_the_average_is_that_of_the_iterates(run, monkeypatch):
+    """Weights averaged by hand, each step's with its share; offered at the look, and not trained on."""
+    seen = []
+    real = Watch.on_step_end
+
+    def keep(self, args, state, control, model=None, **more):
+        seen.append(parameters(model))
+        real(self, args, state, control, model=model, **more)
+
+    monkeypatch.setattr(Watch, "on_step_end", keep)
+    offered = []
+
+    def validate(model):
+        offered.append(parameters(model))
+        return (float(-len(offered)),)
+
+    plain, _, before = run(steps=6, evaluations=1, validate=falling())
+    model, report, _ = run(steps=6, evaluations=1, average=0.5, validate=validate)
+    expected = dict(before)
+    for step, iterate in enumerate(seen[6:], start=1):
+        memory = min(1 - 1 / 3, step / (step + 9))
+        expected = {n: memory * value + (1 - memory) * iterate[n] for n, value in expected.items()}
+    start, last, averaged = offered
+    assert same(start, before) and same(last, parameters(plain)) and same(parameters(model), averaged)
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name], value)
+    assert report.curve[-1] == (6, (-3.0,))
+
+
+def test_losses_of_training_are_told(run, lm, train_data):
+    _, report, _ = run(steps=6, evaluations=3, learning_rate=1e-9, scale_learning_rate=1e-9, average=0.0)
+    assert [step for step, _ in report.losses] == [2, 4, 6] and all(loss > 0 for _, loss in report.losses)
+
+
+def test_optimizer_bytes_are_two_moments_and_a_count(run):
+    _, report, before = run()
+    assert report.optimizer_bytes == sum(8 * p.numel() + 4 for p in before.values())
