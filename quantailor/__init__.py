@@ -22,16 +22,20 @@ __all__ = [
     "adequacy",
     "check",
     "eval",
+    "export",
     "fit",
     "generate",
     "load",
     "pack",
     "pack_module",
+    "plan",
     "quantize",
     "quantize_folder",
     "quantize_module",
+    "report",
     "save",
     "train",
+    "train_folder",
 ]
 
 

@@ -10,18 +10,22 @@ from quantailor.qat.settings import Settings
 from quantailor.recipe import Keep, Recipe, Rule
 from quantailor.searching.ladder import Goal
 from quantailor.spec import Scheme
+from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
 from quantailor.verbs.in_parts import QuantizedFolder, quantize_folder
 from quantailor.verbs.judging import adequacy, check, evaluate, generate
 from quantailor.verbs.model import Model, Result, as_model, examples_for, load, pack, probe_of, save
+from quantailor.verbs.planning import Plan, plan
 from quantailor.verbs.quantizing import pack_module, quantize, quantize_module, recipe_for
-from quantailor.verbs.training import train
+from quantailor.verbs.reporting import report
+from quantailor.verbs.training import train, train_folder
 
 __all__ = [
     "FitResult",
     "Goal",
     "Keep",
     "Model",
+    "Plan",
     "QuantizedFolder",
     "Recipe",
     "Result",
@@ -34,16 +38,20 @@ __all__ = [
     "environment",
     "evaluate",
     "examples_for",
+    "export",
     "fit",
     "generate",
     "load",
     "pack",
     "pack_module",
+    "plan",
     "probe_of",
     "quantize",
     "quantize_folder",
     "quantize_module",
     "recipe_for",
+    "report",
     "save",
     "train",
+    "train_folder",
 ]

@@ -69,7 +69,7 @@ def torchao_qat(weight: str) -> Callable[[nn.Module, dict[str, Tensor]], None]:
         from torchao.quantization.granularity import PerAxis, PerToken
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-        activation = IntxFakeQuantizeConfig(torch.int8, PerToken(), is_symmetric=True)
+        activation = IntxFakeQuantizeConfig(torch.int8, PerToken(), is_symmetric=False)  # all it has per token
         weights = (
             IntxFakeQuantizeConfig(torch.int8, PerAxis(0), is_symmetric=True)
             if weight == "w8"

@@ -22,10 +22,14 @@ from quantailor.cli.calibration import calibration
 from quantailor.cli.check import check
 from quantailor.cli.demo import demo
 from quantailor.cli.evaluate import evaluate
+from quantailor.cli.export import export
 from quantailor.cli.fit import fit
 from quantailor.cli.generate import generate
+from quantailor.cli.plan import plan
 from quantailor.cli.quantize import quantize
+from quantailor.cli.report import report
 from quantailor.cli.schemes import schemes
+from quantailor.cli.sensitivity import sensitivity
 from quantailor.cli.train import train
 from quantailor.errors import QuantailorError
 from quantailor.progress import being_finished, go_on, stop_with
@@ -38,11 +42,15 @@ app = typer.Typer(
     help="Fit Transformers to fewer bits: PTQ where it is enough, QAT where it is not, and a proof of what is served.",
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "fit": fit,
     "quantize": quantize,
     "train": train,
     "eval": evaluate,
     "check": check,
+    "export": export,
+    "report": report,
+    "sensitivity": sensitivity,
     "generate": generate,
     "calibration": calibration,
     "schemes": schemes,
