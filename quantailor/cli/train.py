@@ -47,6 +47,9 @@ def train(
         float | None, typer.Option(help="share of the run after which static input ranges stay")
     ] = None,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16 (mixed)")] = "float32",
+    backward: Annotated[
+        str, typer.Option(help="what integer layers multiply gradients in: auto, bfloat16 or float32")
+    ] = "auto",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     optimizer: Annotated[str, typer.Option(help="adamw or adamw-8bit")] = "adamw",
     parallel: Annotated[str, typer.Option(help="under torchrun: ddp or fsdp2")] = "ddp",
@@ -99,6 +102,7 @@ def train(
         freeze_lower=freeze_lower,
         freeze_ranges=freeze_ranges,
         precision=precision,
+        backward=backward,
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         parallel=parallel,

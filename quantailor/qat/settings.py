@@ -17,6 +17,7 @@ from quantailor.errors import UsageError
 
 GRADIENTS = ("lsq", "lsq+", "ste", "pact")
 PRECISIONS = ("float32", "bfloat16")
+BACKWARDS = ("auto", "bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adamw-8bit")
 TRAINABLE = ("all", "scales")
 PARALLEL = ("ddp", "fsdp2")
@@ -81,6 +82,7 @@ class Settings:
     freeze_oscillating: float | None = None  # frequency above which a weight is frozen onto its integer
     average: float = 0.0
     precision: str = "float32"
+    backward: str = "auto"  # what integer layers multiply gradients in: auto is bfloat16 where that is fast
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     parallel: str = "ddp"  # what several processes do with the model
@@ -117,6 +119,7 @@ class Settings:
             ("trains", TRAINABLE),
             ("gradient", GRADIENTS),
             ("precision", PRECISIONS),
+            ("backward", BACKWARDS),
             ("optimizer", OPTIMIZERS),
             ("parallel", PARALLEL),
         ):

@@ -17,9 +17,11 @@ from transformers import TrainingArguments, set_seed
 
 from quantailor.data.examples import Examples
 from quantailor.errors import UsageError
+from quantailor.kernels.native import library as native
 from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
+from quantailor.nn.int_forward import set_backward
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
 from quantailor.qat import checkpoint, distributed
@@ -163,6 +165,7 @@ def _run(
     """The steps that are left."""
     assert settings.steps is not None
     every = max(1, settings.steps // max(1, settings.evaluations))
+    set_backward(model, _backward(settings, _device()))
     stabilizer = Stabilizer(model, settings) if settings.cage or settings.freeze_oscillating is not None else None
     quiet = Progress() if distributed.rank() else progress or Progress()
     with tempfile.TemporaryDirectory() as folder, quiet.task("training", settings.steps) as advance:
@@ -285,6 +288,13 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _backward(settings: Settings, device: torch.device) -> torch.dtype:
+    """What integer layers multiply their gradients in."""
+    if settings.backward == "auto":
+        return torch.bfloat16 if native.multiplies_bf16(device.type) else torch.float32
+    return torch.bfloat16 if settings.backward == "bfloat16" else torch.float32
 
 
 def _arguments(folder: str, settings: Settings, learning_rate: float) -> TrainingArguments:

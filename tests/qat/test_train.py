@@ -12,6 +12,7 @@ from quantailor.errors import QuantailorError
 from quantailor.evaluate.run import evaluate
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
+from quantailor.qat import train as train_module
 from quantailor.qat import trainer as trainer_module
 from quantailor.qat.best import Best
 from quantailor.qat.losses import kl_to_teacher, scored, task_loss
@@ -469,3 +470,12 @@ def test_losses_of_training_are_told(run, lm, train_data):
 def test_optimizer_bytes_are_two_moments_and_a_count(run):
     _, report, before = run()
     assert report.optimizer_bytes == sum(8 * p.numel() + 4 for p in before.values())
+
+
+@pytest.mark.parametrize(("asked", "fast", "expected"), [
+    ("auto", True, True), ("auto", False, False), ("bfloat16", False, True), ("float32", True, False),
+])  # fmt: skip
+def test_integer_layers_multiply_gradients_in_what_was_asked_for(asked, fast, expected, monkeypatch):
+    monkeypatch.setattr(train_module.native, "multiplies_bf16", lambda device: fast)
+    found = train_module._backward(Settings(backward=asked), torch.device("cpu"))
+    assert (found == torch.bfloat16) == expected

@@ -113,6 +113,14 @@ def has_tiles() -> bool:
     return lib is not None and lib.gemm_ready() == 0 and "amx_int8" in _processor()
 
 
+@cache
+def multiplies_bf16(device: str) -> bool:
+    """Whether bfloat16 products have units of their own there: elsewhere they are emulated, and slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(flag in _processor().split() for flag in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
     """Where a contiguous CPU tensor's data starts; NULL for None."""
     if x is None:
