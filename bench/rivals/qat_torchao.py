@@ -1,0 +1,80 @@
+"""torchao's QAT on given rows: fake-quantized weights in groups, AdamW, KL to the float model, cosine; dequantized out.
+
+The loss, the batches, the schedule and the steps are those of bench/qat_quality.py; the gradient and the scales are
+torchao's (straight-through, min-max at each step). The last iterate is handed back.
+"""
+
+import argparse
+import copy
+import json
+import math
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from job import block_linears
+from safetensors.torch import save_file
+from torchao.quantization import quantize_
+from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+from transformers import AutoModelForCausalLM
+
+parser = argparse.ArgumentParser()
+for name in ("model", "rows", "out"):
+    parser.add_argument(f"--{name}", type=Path, required=True)
+parser.add_argument("--bits", type=int, required=True)
+parser.add_argument("--group-size", type=int, default=32)
+parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--learning-rate", type=float, required=True)
+options = parser.parse_args()
+
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+teacher = copy.deepcopy(model).eval()
+fitting = {n for n, m in block_linears(model).items() if m.in_features % options.group_size == 0}
+config = IntxFakeQuantizeConfig(getattr(torch, f"int{options.bits}"), group_size=options.group_size, is_symmetric=True)
+quantize_(model, QATConfig(weight_config=config, step="prepare"), filter_fn=lambda module, name: name in fitting)
+batches = torch.from_numpy(np.load(options.rows).astype(np.int64)).split(options.batch_size)
+optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+warmup = max(1, len(batches) // 10)
+
+
+def rate(step: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, len(batches) - warmup)))
+
+
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+model.train()
+for rows in batches:
+    with torch.no_grad():
+        target = F.log_softmax(teacher(input_ids=rows).logits[:, :-1].flatten(0, 1), dim=-1)
+    found = F.log_softmax(model(input_ids=rows).logits[:, :-1].flatten(0, 1), dim=-1)
+    loss = F.kl_div(found, target, log_target=True, reduction="batchmean")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+model.eval()
+weights = {}
+for name, module in model.named_modules():
+    quantizer = getattr(module, "weight_fake_quantizer", None)
+    if quantizer is not None:
+        weights[f"{name}.weight"] = quantizer(module.weight).detach().float().contiguous().clone()
+for name, parameter in model.named_parameters():
+    weights.setdefault(name, parameter.detach().float().contiguous().clone())
+save_file(weights, options.out)
+versions = {name: metadata.version(name) for name in ("torch", "transformers", "torchao")}
+print(
+    json.dumps(
+        {
+            "learning_rate": options.learning_rate,
+            "left_float": sorted(set(block_linears(teacher)) - fitting),
+            "versions": versions,
+        }
+    )
+)
