@@ -26,6 +26,7 @@ __all__ = [
     "fit",
     "generate",
     "load",
+    "mixed",
     "pack",
     "pack_module",
     "plan",
@@ -34,6 +35,7 @@ __all__ = [
     "quantize_module",
     "report",
     "save",
+    "sensitivity",
     "train",
     "train_folder",
 ]

@@ -14,16 +14,19 @@ from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
 from quantailor.verbs.in_parts import QuantizedFolder, quantize_folder
 from quantailor.verbs.judging import adequacy, check, evaluate, generate
+from quantailor.verbs.mixing import Mixed, mixed
 from quantailor.verbs.model import Model, Result, as_model, examples_for, load, pack, probe_of, save
 from quantailor.verbs.planning import Plan, plan
 from quantailor.verbs.quantizing import pack_module, quantize, quantize_module, recipe_for
 from quantailor.verbs.reporting import report
+from quantailor.verbs.sensitivity import Sensitivity, sensitivity
 from quantailor.verbs.training import train, train_folder
 
 __all__ = [
     "FitResult",
     "Goal",
     "Keep",
+    "Mixed",
     "Model",
     "Plan",
     "QuantizedFolder",
@@ -31,6 +34,7 @@ __all__ = [
     "Result",
     "Rule",
     "Scheme",
+    "Sensitivity",
     "Settings",
     "adequacy",
     "as_model",
@@ -42,6 +46,7 @@ __all__ = [
     "fit",
     "generate",
     "load",
+    "mixed",
     "pack",
     "pack_module",
     "plan",
@@ -52,6 +57,7 @@ __all__ = [
     "recipe_for",
     "report",
     "save",
+    "sensitivity",
     "train",
     "train_folder",
 ]

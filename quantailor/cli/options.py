@@ -40,7 +40,7 @@ RuleOption = Annotated[
     typer.Option(
         "--rule",
         help="PATTERN=SCHEME, PATTERN=SCHEME:METHOD or PATTERN=keep, such as '*.down_proj=w8a16:rtn'; "
-        "first match decides; repeatable",
+        "first match decides; repeatable; @FILE reads a rule a line",
     ),
 ]
 NoRaggedOption = Annotated[
@@ -53,9 +53,12 @@ FormatOption = Annotated[
 
 
 def rules(texts: list[str] | None) -> list[Rule]:
-    """`PATTERN=SCHEME[:METHOD]` or `PATTERN=keep`, in order. Raises: UsageError on another form or unknown scheme."""
+    """`PATTERN=SCHEME[:METHOD]` or `PATTERN=keep`, in order; `@FILE` stands for the lines of a file.
+
+    Raises: UsageError on another form or unknown scheme, and for a file that cannot be read.
+    """
     result = []
-    for text in texts or []:
+    for text in _lines(texts or []):
         pattern, equals, action = text.rpartition("=")
         if not equals or not pattern or not action:
             raise UsageError(f"--rule {text!r} is not PATTERN=SCHEME or PATTERN=keep; an example: '*.down_proj=w8a16'")
@@ -65,6 +68,22 @@ def rules(texts: list[str] | None) -> list[Rule]:
         kept = Keep(f"rule: {text}") if scheme == "keep" else Scheme.parse(scheme)
         result.append(Rule(kept, pattern=pattern, method=method or None))
     return result
+
+
+def _lines(texts: list[str]) -> list[str]:
+    """The texts, files opened; empty lines are left out."""
+    found = []
+    for text in texts:
+        if not text.startswith("@"):
+            found.append(text)
+            continue
+        try:
+            found += [line for line in Path(text[1:]).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--rule {text!r} names a file that cannot be read ({error}); give one with a rule a line"
+            ) from error
+    return found
 
 
 def check_format(name: str | None) -> None:

@@ -20,7 +20,7 @@ from quantailor.searching.variants import check_choices
 from quantailor.spec import Scheme
 from quantailor.verbs.model import Model, as_model, examples_for
 
-HELD_ROWS = {"lm": 16, "classification": 160}  # what divergence is measured on, where the caller does not say
+HELD_ROWS = {"lm": 16, "classification": 96}  # what divergence is measured on, where the caller does not say
 
 
 def study_for(

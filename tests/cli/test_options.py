@@ -50,3 +50,17 @@ def test_a_document_holds_only_what_json_knows(capsys):
 
     show({"a": 1}, "text", False)
     assert capsys.readouterr().out == "text\n"
+
+
+def test_rules_can_stand_in_a_file(tmp_path):
+    """As `sensitivity --save-rules` writes them, among others and in order."""
+    file = tmp_path / "rules.txt"
+    file.write_text("*.q_proj=w8a16\n\n*.k_proj=keep\n")
+    assert rules(["a=keep", f"@{file}", "b=keep"]) == rules(["a=keep", "*.q_proj=w8a16", "*.k_proj=keep", "b=keep"])
+
+
+def test_a_file_of_rules_that_cannot_be_read_is_refused_in_one_line(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("missing", "binary", "."):
+        with pytest.raises(UsageError, match="names a file that cannot be read"):
+            rules([f"@{tmp_path / name}"])
