@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/quantailor demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

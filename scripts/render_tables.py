@@ -156,6 +156,26 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
+def step_table() -> str:
+    """A training step beside the plain float step of the same rounds."""
+    head = "| model | step | seconds | of the plain step | of the plain bf16 step | peak memory of plain |"
+    lines = [head, "|---|---|---:|---:|---:|---:|"]
+    for model, found in read("qat_step")["models"].items():
+        for name, row in found["rows"].items():
+            if "error" in row:
+                lines.append(f"| {model} | {name} | could not run: {row['error']} | – | – | – |")
+                continue
+            cells = []
+            for base, part in (("plain", "step"), ("plain, bf16", "step"), ("plain", "peak_bytes")):
+                span = row["against"][base][part]
+                cells.append(f"{span['median']:.2f} ({span['min']:.2f} to {span['max']:.2f})")
+            bold = "**" if name.startswith("ours") else ""
+            shown = name.replace("ours", "quantailor")
+            seconds = row["seconds"]["step"]["median"]
+            lines.append(f"| {model} | {bold}{shown}{bold} | {seconds:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = {
         "demo": lambda: "```\n" + table(read("demo")) + "\n```",
@@ -165,6 +185,7 @@ def main() -> None:
         "sst2": sst2_line,
         "best": best_table,
         "ptq": ptq_table,
+        "step": step_table,
         "ptq512": absolute_table,
         "cost": cost_table,
     }

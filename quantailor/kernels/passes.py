@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantailor.kernels.native import library as native
 from quantailor.kernels.operators import operator
+from quantailor.kernels.scratch import scratch
 from quantailor.numerics import affine
 from quantailor.numerics.grouping import from_groups, num_groups, to_groups
 
@@ -136,15 +137,20 @@ def fold_scales(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor) -> tuple[
     """A gradient [T, O] in bfloat16 twice: [T, O] times the weight's scale [O] (None: 1), and turned, [O, T], times the
     input's [T] or [1]. Turned, because a product with a turned left side takes twice as long."""
     grad = grad.contiguous()
+    for_x, for_w = torch.empty_like(grad, dtype=_BF16), grad.new_empty(grad.shape[::-1], dtype=_BF16)
+    _fold_into(grad, w_scale, x_scale, for_x, for_w)
+    return for_x, for_w
+
+
+def _fold_into(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor, for_x: Tensor, for_w: Tensor) -> None:
     if _usable(grad, w_scale, x_scale) and grad.dtype in native.SUFFIX:
-        for_x, for_w = torch.empty_like(grad, dtype=_BF16), grad.new_empty(grad.shape[::-1], dtype=_BF16)
         name = f"fold_{native.SUFFIX[grad.dtype]}"
         one = c_int32(x_scale.numel() == 1 and grad.shape[0] != 1)
         native.call(name, grad, *grad.shape, w_scale, x_scale, one, for_x, for_w)
-        return for_x, for_w
+        return
     values = grad.float()
-    for_x = (values if w_scale is None else values * w_scale).to(_BF16)
-    return for_x.contiguous(), (values * x_scale.reshape(-1, 1)).to(_BF16).t().contiguous()
+    for_x.copy_(values if w_scale is None else values * w_scale)
+    for_w.copy_((values * x_scale.reshape(-1, 1)).t())
 
 
 def _as_bf16(q: Tensor) -> Tensor:
@@ -154,12 +160,41 @@ def _as_bf16(q: Tensor) -> Tensor:
 @operator(_as_bf16)
 def int8_to_bf16(q: Tensor) -> Tensor:
     """int8 -> bfloat16, exact."""
+    return _bf16_into(q, torch.empty_like(q, dtype=_BF16, memory_format=torch.contiguous_format))
+
+
+def _bf16_into(q: Tensor, out: Tensor) -> Tensor:
     q = q.contiguous()
-    if not _usable(q):
-        return q.to(_BF16)
-    out = torch.empty_like(q, dtype=_BF16)
+    if q.dtype != torch.int8 or not _usable(q):
+        return out.copy_(q)
     native.call("int8_to_bf16", q, q.numel(), out)
     return out
+
+
+def _products_like(
+    grad: Tensor, factor: Tensor, w_scale: Tensor | None, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    (rows, out), columns = grad.shape, x_q.shape[1]
+    return grad.new_empty((rows, columns), dtype=dtype), grad.new_empty((out, columns), dtype=_BF16)
+
+
+@operator(_products_like)
+def gradient_products(
+    grad: Tensor, factor: Tensor, w_scale: Tensor | None, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(dx [T, N] in `dtype`, dw_hat [O, N] in bfloat16) of `grad` [T, O], multiplied in bfloat16.
+
+    dx = (grad * w_scale) factor, dw_hat = (grad * x_scale)^T x_q. `factor` [O, N]: the weight's integers with `w_scale`
+    [O], or the dequantized weight with None. What lies between is in memory that the next call uses again.
+    """
+    device, (rows, out), columns = grad.device, grad.shape, x_q.shape[1]
+    for_x, for_w = (scratch(f"for {n}", s, _BF16, device) for n, s in (("x", (rows, out)), ("w", (out, rows))))
+    _fold_into(grad.contiguous(), w_scale, x_scale, for_x, for_w)
+    right = _bf16_into(factor, scratch("factor", factor.shape, _BF16, device))
+    grad_x = torch.mm(for_x, right, out=scratch("dx", (rows, columns), _BF16, device))
+    inputs = _bf16_into(x_q, scratch("inputs", x_q.shape, _BF16, device))
+    grad_w = torch.mm(for_w, inputs)
+    return (grad_x.clone() if dtype == _BF16 else grad_x.to(dtype)), grad_w
 
 
 def groups_of(length: int, group_size: int | None) -> tuple[int, int]:

@@ -137,7 +137,16 @@ class _IntegerLinear(torch.autograd.Function):
         rows = x_q.reshape(-1, x_q.shape[-1])
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.in_bf16:  # type: ignore[attr-defined]
-                grad_x, grad_w = _products_bf16(grad, w_q, scale, zero_point, rows, x_scale, grid)
+                grad_x, grad_w = _products_bf16(
+                    grad,
+                    w_q,
+                    scale,
+                    zero_point,
+                    rows,
+                    x_scale,
+                    grid,
+                    ctx.x_dtype,  # type: ignore[attr-defined]
+                )
             else:
                 w_hat = passes.fake_quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
                 grad_x = grad.float() @ w_hat
@@ -166,18 +175,18 @@ def _products_bf16(
     x_q: Tensor,
     x_scale: Tensor,
     grid: WeightGrid,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(dx [T, N], dw_hat [O, N]) in bfloat16. Integers up to 256 are exact in it, so only the gradient is rounded; the
-    weight of a grouped or shifted grid is rounded as well, as autocast would."""
+    """(dx [T, N] in `dtype`, dw_hat [O, N] in bfloat16). Integers up to 256 are exact in bfloat16, so only the gradient
+    is rounded; the weight of a grouped or shifted grid is rounded as well, as autocast would."""
     plain = scale.shape[1] == 1 and _shift(grid, zero_point, scale) is None
     w_scale = scale.expand(w_q.shape[0], 1).reshape(-1) if plain else None
-    for_x, for_w = passes.fold_scales(grad, w_scale, x_scale.reshape(-1))
-    if plain:
-        factor = passes.int8_to_bf16(w_q)
-    else:
+    factor = w_q
+    if not plain:
         shift = _shift(grid, zero_point, scale)
-        factor = IntegerWeight(w_q, scale, shift, grid.group_size).dequantize().to(torch.bfloat16)
-    return for_x @ factor, for_w @ passes.int8_to_bf16(x_q)
+        factor = IntegerWeight(w_q, scale, shift, grid.group_size).dequantize()
+    products: tuple[Tensor, Tensor] = passes.gradient_products(grad, factor, w_scale, x_q, x_scale.reshape(-1), dtype)
+    return products
 
 
 def integer_linear(

@@ -18,6 +18,7 @@ from transformers import TrainingArguments, set_seed
 from quantailor.data.examples import Examples
 from quantailor.errors import UsageError
 from quantailor.kernels.native import library as native
+from quantailor.kernels.scratch import release
 from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
@@ -112,6 +113,7 @@ def train(
         watch, trainer = _run(
             trained, examples, validate, settings, rates, best, teacher, progress, work, saves, restored, bits
         )
+        release()
         best.model = model
         best.restore()
         _settle(standing, best)

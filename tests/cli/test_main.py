@@ -57,7 +57,10 @@ def test_what_needs_no_model_loads_nothing_heavy(args):
 
 
 def test_the_commands_are_those_of_the_design():
-    assert COMMANDS == ["fit", "quantize", "train", "eval", "check", "generate", "calibration", "schemes", "demo"]
+    assert [
+        *("plan", "fit", "quantize", "train", "eval", "check", "export", "report", "sensitivity"),
+        *("generate", "calibration", "schemes", "demo"),
+    ] == COMMANDS
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -133,7 +133,9 @@ def test_every_int8_is_exact_in_bfloat16():
     assert torch.equal(passes.int8_to_bf16(q), q.bfloat16())
 
 
-@pytest.mark.parametrize("name", ["quantize_tokens", "quantize_weight", "fake_quantize_weight", "lsq_backward"])
+@pytest.mark.parametrize(
+    "name", ["quantize_tokens", "quantize_weight", "fake_quantize_weight", "lsq_backward", "gradient_products"]
+)
 def test_compilers_see_one_operator(name):
     """Schema and fake results agree with the real ones (torch.library.opcheck)."""
     w, scale, zero_point, (offset, qmin, qmax, size) = weight(Int(4, symmetric=False), 6, 40, 16)
@@ -141,6 +143,39 @@ def test_compilers_see_one_operator(name):
         "quantize_tokens": (w, -128, 127),
         "quantize_weight": (w, scale, zero_point, offset, qmin, qmax, size),
         "fake_quantize_weight": (w, scale, zero_point, offset, qmin, qmax, size),
+        "gradient_products": (
+            torch.randn(3, 6),
+            torch.ones(6, 40, dtype=torch.int8),
+            torch.rand(6),
+            torch.ones(3, 40, dtype=torch.int8),
+            torch.rand(3),
+            torch.float32,
+        ),
         "lsq_backward": (w, torch.randn_like(w), scale, zero_point, offset, 0.0, 0.5, qmin, qmax, size),
     }[name]
     torch.library.opcheck(getattr(torch.ops.quantailor, name).default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize(("rows", "length", "out"), [(1, 1, 1), (40, 33, 17), (64, 96, 128)])
+def test_gradient_products_are_those_of_the_folded_gradient(rows, length, out, one, dtype):
+    torch.manual_seed(0)
+    grad, w_scale, x_scale = torch.randn(rows, out), torch.rand(out), torch.rand(1 if one else rows)
+    w_q = torch.randint(-128, 128, (out, length), dtype=torch.int8)
+    x_q = torch.randint(-128, 128, (rows, length), dtype=torch.int8)
+    for factor, scale in ((w_q, w_scale), (w_q * 0.3, None)):
+        grad_x, grad_w = passes.gradient_products(grad, factor, scale, x_q, x_scale, dtype)
+        for_x = (grad if scale is None else grad * scale).bfloat16()
+        assert torch.equal(grad_x, (for_x @ factor.bfloat16()).to(dtype))
+        assert torch.equal(grad_w, (grad * x_scale[:, None]).bfloat16().t().contiguous() @ x_q.bfloat16())
+
+
+def test_a_later_call_does_not_touch_an_earlier_result():
+    arguments = (torch.randint(-9, 9, (6, 8), dtype=torch.int8), torch.rand(6))
+    rest = (torch.randint(-9, 9, (5, 8), dtype=torch.int8), torch.rand(5))
+    for dtype in (torch.float32, torch.bfloat16):
+        first = passes.gradient_products(torch.randn(5, 6), *arguments, *rest, dtype)
+        before = [t.clone() for t in first]
+        passes.gradient_products(torch.randn(5, 6), *arguments, *rest, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(first, before))
