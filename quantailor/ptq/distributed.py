@@ -8,9 +8,8 @@ process's, by the order of float additions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,38 +18,15 @@ from torch import Tensor, nn
 from quantailor.errors import UsageError
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.observers.ranges import EMA, Histogram, MinMax, Observer
+from quantailor.processes import barrier as barrier
+from quantailor.processes import from_all as from_all
+from quantailor.processes import from_rank as from_rank
+from quantailor.processes import join as join
+from quantailor.processes import leave as leave
+from quantailor.processes import rank as rank
+from quantailor.processes import world as world
 
 T = TypeVar("T")
-
-
-def world() -> int:
-    """How many processes share the work; 1 where torch.distributed is not initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if world() > 1 else 0
-
-
-def join() -> bool:
-    """Take part where `torchrun` started this process; whether it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or world() > 1:
-        return False
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return True
-
-
-def leave() -> None:
-    """Undo `join`."""
-    if world() > 1:
-        dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait for every process."""
-    if world() > 1:
-        dist.barrier()
 
 
 def share(batches: Sequence[T]) -> list[T]:
@@ -78,24 +54,6 @@ def sum_(tensors: Iterable[Tensor | None]) -> None:
         for tensor in tensors:
             if tensor is not None:
                 dist.all_reduce(tensor)
-
-
-def from_rank(value: T, source: int = 0) -> T:
-    """What process `source` has for `value`: sent to all."""
-    if world() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
-
-
-def from_all(value: T) -> list[T]:
-    """Every process's `value`, by rank."""
-    if world() == 1:
-        return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def same_(module: nn.Module) -> None:

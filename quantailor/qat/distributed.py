@@ -6,42 +6,15 @@ model sharded by FSDP2 are `DTensor`s: here they become whole tensors and shards
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-T = TypeVar("T")
-
-
-def world() -> int:
-    """How many processes train; 1 where torch.distributed is not initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if world() > 1 else 0
-
-
-def from_rank(value: T, source: int = 0) -> T:
-    """What process `source` has for `value`: sent to all."""
-    if world() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
-
-
-def from_all(value: T) -> list[T]:
-    """Every process's `value`, by rank."""
-    if world() == 1:
-        return [value]
-    found: list[T | None] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found  # type: ignore[return-value]
+from quantailor.processes import from_all as from_all
+from quantailor.processes import from_rank as from_rank
+from quantailor.processes import rank as rank
+from quantailor.processes import world as world
 
 
 def anywhere(flag: bool, device: torch.device) -> bool:

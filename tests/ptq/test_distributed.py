@@ -1,14 +1,9 @@
 """Two processes with half of the samples each end with the integers of one process with all of them."""
 
 import copy
-import os
-import pickle  # noqa: TID251  between a test and its own forks
-import time
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from quantailor import api, ptq
 from quantailor.errors import UsageError
@@ -22,38 +17,7 @@ from quantailor.recipe import Recipe
 from quantailor.spec import Int, Scheme
 from tests.formats.making import bytes_of, texts
 from tests.models import zoo
-
-
-def in_processes(tmp_path, work, count=2):
-    """`work(rank)` in forked processes joined by gloo; what each returned."""
-    pids = []
-    for rank in range(count):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                torch.set_num_threads(1)
-                dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=count)
-                result = work(rank)
-                (tmp_path / f"result-{rank}").write_bytes(pickle.dumps(result))
-                dist.destroy_process_group()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        pids.append(pid)
-    end = time.monotonic() + 120
-    left = list(pids)
-    while left:
-        for pid in list(left):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                left.remove(pid)
-                assert os.waitstatus_to_exitcode(status) == 0, "its traceback is on stderr"
-        assert time.monotonic() < end, "the processes wait for one another"
-        time.sleep(0.02)
-    return [pickle.loads((tmp_path / f"result-{rank}").read_bytes()) for rank in range(count)]
+from tests.processes import in_processes
 
 
 def solved(model, scheme, batches, method):
