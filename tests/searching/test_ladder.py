@@ -7,6 +7,7 @@ moves when something is done. A few at the end are real.
 import copy
 import dataclasses
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -384,11 +385,14 @@ def test_ternary_weights_do_and_the_control_runs_too(climb, lm):
 
 
 def test_a_real_clock_is_kept_to(climb):
-    """A day of steps in three seconds."""
-    outcome, _ = climb("w1.58a8", tolerance=0.0, minutes=0.05, short_steps=1_000_000, methods=("rtn",))
+    """A day of steps in some seconds: as many as two steps take here four times over, whatever else this machine does."""
+    started = time.monotonic()
+    climb("w1.58a8", tolerance=0.0, short_steps=2, methods=("rtn",))
+    minutes = max(3.0, 4 * (time.monotonic() - started)) / 60
+    outcome, _ = climb("w1.58a8", tolerance=0.0, minutes=minutes, short_steps=1_000_000, methods=("rtn",))
 
-    assert sum(step.seconds for step in outcome.steps) < 8
-    assert any("steps instead of 1000000: what 0.05 minutes leave" in note for note in outcome.notes)
+    assert sum(step.seconds for step in outcome.steps) < 3 * 60 * minutes
+    assert any("steps instead of 1000000: what" in note for note in outcome.notes)
 
 
 def test_a_classifier_climbs_too(tiny_bert):
