@@ -385,7 +385,7 @@ def test_ternary_weights_do_and_the_control_runs_too(climb, lm):
 
 
 def test_a_real_clock_is_kept_to(climb):
-    """A day of steps in some seconds: as many as two steps take here four times over, whatever else this machine does."""
+    """A day of steps in some seconds: four times what two steps take here, whatever else this machine does."""
     started = time.monotonic()
     climb("w1.58a8", tolerance=0.0, short_steps=2, methods=("rtn",))
     minutes = max(3.0, 4 * (time.monotonic() - started)) / 60
