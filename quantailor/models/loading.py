@@ -7,11 +7,9 @@ whose weights stay on disk until a part of it is asked for.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,30 +159,6 @@ class Skeleton:
             self.model._init_weights(module)  # its parameters are still on meta, where nothing is drawn
         for name in names:
             module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]
-
-
-def free(module: nn.Module) -> None:
-    """Let go of all tensors of a module; shapes and types stay. Their memory goes back to the system at once.
-
-    glibc keeps freed blocks of up to 32 MB on its heap, where what is allocated in between pins them: without the trim
-    a walk over a model's blocks ends up holding as much as the model.
-    """
-    module.to("meta")
-    gc.collect()
-    if _trim is not None:
-        _trim(0)
-
-
-def _find_trim() -> Callable[[int], int] | None:
-    """glibc's malloc_trim; None where the C library has none."""
-    try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None
-    return trim
-
-
-_trim = _find_trim()
 
 
 def open_skeleton(folder: Path) -> Skeleton:

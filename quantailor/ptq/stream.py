@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantailor.models.loading import NotInParts, Skeleton, free
+from quantailor.models.loading import NotInParts, Skeleton
+from quantailor.models.memory import free, large_blocks_mapped
 from quantailor.models.prepare import FAKE_QUANT, State, prepare_layers
 from quantailor.models.structure import blocks, modules_of
 from quantailor.nn.fake_quant import FakeQuantEmbedding
@@ -93,6 +94,7 @@ def stream(
     """
     bar = progress or Progress()
     with bar.task("calibrating", len(_quantized(state))) as advance, ExitStack() as stack:
+        stack.enter_context(large_blocks_mapped())
         walk = _Stream(skeleton, state, batches, methods, work, pack, probe, cache_bytes, device, advance)
         stack.callback(walk.close)
         walk.before_the_blocks()
