@@ -28,7 +28,7 @@ def free(module: nn.Module) -> None:
 
 @contextmanager
 def large_blocks_mapped() -> Iterator[None]:
-    """Within: what is allocated by the megabyte is mapped by itself and unmapped when freed: no gap of the heap holds it.
+    """Within: what is allocated by the megabyte is mapped by itself and unmapped when freed: no heap gap holds it.
 
     Each such block costs the clearing of its pages, which a walk that computes for seconds a block can pay.
     """
