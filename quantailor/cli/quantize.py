@@ -21,7 +21,7 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="rtn, hqq (no data) · gptq, qronos · adaround, autoround, blockap · before them, joined by +: "
+            help="rtn, hqq (no data) · clip, gptq, qronos · adaround, autoround, blockap · before them, joined by +: "
             "smoothquant, awq, rotate, magr; after them: bias. Such as smoothquant+gptq. By default what suits the "
             "scheme",
         ),

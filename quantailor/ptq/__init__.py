@@ -8,6 +8,7 @@ from quantailor.ptq.awq import AWQ
 from quantailor.ptq.bias import BiasCorrection
 from quantailor.ptq.blockap import BlockAP
 from quantailor.ptq.chain import Chain, parse_method
+from quantailor.ptq.clip import Clip
 from quantailor.ptq.gptq import GPTQ
 from quantailor.ptq.hqq import HQQ
 from quantailor.ptq.magr import MagR
@@ -25,6 +26,7 @@ METHODS: dict[str, Any] = {
     "blockap": BlockAP(),
     "smoothquant": SmoothQuant(),
     "awq": AWQ(),
+    "clip": Clip(),
     "rotate": Rotate(),
     "magr": MagR(),
     "hqq": HQQ(),

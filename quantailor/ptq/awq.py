@@ -7,8 +7,8 @@ error of a salient column shrinks by s as long as the step does not grow. The di
 layer, for all of its readers together; alpha is searched on a grid of 20 by the error of their outputs with weights on
 their grid (inputs too, where the scheme has one). How that is scored, accepted and folded is shared with SmoothQuant.
 
-The paper's second half, the search of a clip range, is what RTN and GPTQ here do for every group in any case, by the
-squared error of the weights, weighted with the mean square of each input (observers/weights.py).
+The paper's second half, the search of a clip range by the output error of each group, is `ptq/clip.py`: it rounds where
+the chain names no other solver. One that follows (`awq+gptq`) has a range search of its own, which serves it better.
 
 Source: Lin et al. 2023, arXiv:2306.00978, Eq. 4-5; the normalization is that of the code released with it.
 Different here: the error is that of the layers, not of their block, and grouped-query values are scaled as well.
@@ -17,14 +17,15 @@ Different here: the error is that of the layers, not of their block, and grouped
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantailor.models.feeds import Feed
-from quantailor.ptq.method import Masks, Report, Runs
+from quantailor.ptq.clip import Clip
+from quantailor.ptq.method import Masks, Method, Report, Runs
 from quantailor.ptq.smoothquant import Reader, centred, mean_inputs, rescale
 
 
@@ -42,6 +43,7 @@ class AWQ:
     rows: int = 512  # of each layer's input that alphas are scored on; means are taken over all
     needs_hessian: bool = False
     needs_float_path: bool = False
+    rounds_by: Method = field(default_factory=Clip)  # where no other part of the chain finds the integers
 
     def on_block(self, block: nn.Module, layers: Mapping[str, Any], runs: Runs, masks: Masks) -> dict[str, Report]:
         """Fold what helps into the block, in place. Returns a report a layer: what was folded where, or why not."""

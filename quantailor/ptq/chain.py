@@ -1,7 +1,8 @@
 """A method from its name: `gptq`, or a chain such as `smoothquant+gptq`, `magr+qronos+bias`.
 
-One part of a chain finds the integers (RTN where none of those named does); the others come before and after it. A
-part that refines whole blocks (`autoround`) starts from the solver named before it, or from its own.
+One part of a chain finds the integers; the others come before and after it. Where none of those named does, it is what
+one of them is published with (AWQ's clipped ranges), or RTN. A part that refines whole blocks (`autoround`) starts from
+the solver named before it, or from its own.
 """
 
 from __future__ import annotations
@@ -87,5 +88,5 @@ def parse_method(text: str, known: Mapping[str, Any]) -> Chain:
         parts[place] = dataclasses.replace(parts[place], start=plain[0][1])
         solver: Method = parts[place]
     else:
-        solver = solvers[0][1] if solvers else RTN()
+        solver = solvers[0][1] if solvers else next((p.rounds_by for p in parts if hasattr(p, "rounds_by")), RTN())
     return Chain("+".join(names), tuple(parts), solver)

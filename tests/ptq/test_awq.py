@@ -84,7 +84,7 @@ def test_a_salient_channel_is_scaled_up():
 
 def test_alone_it_is_rounded_and_in_a_chain_solved():
     batches = [zoo.tokens(20, 11), zoo.tokens(7)]
-    for text, solver in (("awq", "rtn"), ("awq+gptq", "gptq"), ("smoothquant+awq", "rtn")):
+    for text, solver in (("awq", "clip"), ("awq+gptq", "gptq"), ("smoothquant+awq", "clip"), ("awq+rtn", "rtn")):
         model = zoo.llama()
         state = prepare(model, Recipe(Scheme.parse("w4a16-g32")))
         chain = ptq.method(text)
