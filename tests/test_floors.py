@@ -21,7 +21,8 @@ FLOORS = (
     ("verbs", "hf"),
     ("api",),
     ("demo",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Imports inside functions, beside those of cli/: each with the reason.

@@ -84,6 +84,12 @@ def test_version():
     assert shell("--version").out == f"quantailor {quantailor.__version__}\n"
 
 
+def test_the_package_runs_as_a_module():
+    """As `torchrun -m quantailor` starts it."""
+    ran = subprocess.run([sys.executable, "-m", "quantailor", "--version"], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and ran.stdout == f"quantailor {quantailor.__version__}\n"
+
+
 def test_no_command_shows_the_help():
     ran = shell()
     assert ran.status == 2 and "Usage: " in ran.err and all(name in ran.err for name in COMMANDS)
