@@ -229,8 +229,8 @@ def block_prefixes(model: Any) -> tuple[str, ...]:
 
 
 def _own_kind(module: Any) -> str:
-    """The kind of a layer, or of the layer that a fake-quantized or packed one stands for: blocks stay blocks."""
-    return type(module).__name__.removeprefix("Fake").removeprefix("Quant")
+    """The kind of a layer, or of the one that a fake-quantized, packed or adapted one stands for: blocks stay blocks."""
+    return type(module).__name__.removeprefix("Fake").removeprefix("Quant").removeprefix("LoRA")
 
 
 def _is_block(module: Any, single: bool) -> bool:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from quantailor.evaluate.measuring import measuring
-from quantailor.models.prepare import FAKE_QUANT, PACKED
+from quantailor.models.prepare import PACKED, SIMULATED
 from quantailor.models.structure import modules_of
 from quantailor.nn.int_forward import float_products
+from quantailor.nn.lora import LoRALinear
 from quantailor.numerics.measures import relative_max_difference
 
 Digests = dict[str, dict[str, str]]
@@ -109,11 +110,13 @@ def compare(
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Quantized layers under every name they have, so that tied ones count as the inventory does."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FAKE_QUANT + PACKED):
+        if isinstance(module, SIMULATED + PACKED):
             yield name, module
 
 
 def _parts(module: Any) -> dict[str, Tensor]:
+    if isinstance(module, LoRALinear):
+        module = module.merged()
     if isinstance(module, PACKED):
         store = module.packed
         zero_point = store.zero_points()
@@ -145,7 +148,7 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     kept: dict[str, Tensor] = {}
     handles = []
-    for name, module in modules_of(model, FAKE_QUANT + PACKED):
+    for name, module in modules_of(model, SIMULATED + PACKED):
         handles.append(
             module.register_forward_hook(lambda _m, _a, out, name=name: kept.__setitem__(name, out.detach().float()))
         )

@@ -29,8 +29,8 @@ from quantailor.errors import QuantailorError, UntrustedInput, UsageError
 from quantailor.evaluate.parity import Digests, digests
 from quantailor.formats import layout, plugin
 from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
-from quantailor.models.prepare import FAKE_QUANT, PACKED, State, state_of
-from quantailor.nn.packed import PackedWeight, packed
+from quantailor.models.prepare import FAKE_QUANT, PACKED, SIMULATED, State, packed_twin, state_of
+from quantailor.nn.packed import PackedWeight
 from quantailor.numerics.grids import can_be_negative
 from quantailor.recipe import Entry, Inventory
 from quantailor.spec import Scheme, from_json, to_json
@@ -183,18 +183,17 @@ def stored_tensors(
     conv: dict[str, dict[str, Any]] = {}
     stores = {} if stores is None else stores
     tied_to = {entry.name: entry.tied_to for entry in state.inventory}
-    found = [(_joined(name, n), n) for n, module in root.named_modules() if isinstance(module, FAKE_QUANT + PACKED)]
+    found = [(_joined(name, n), n) for n, module in root.named_modules() if isinstance(module, SIMULATED + PACKED)]
     for full, inner in found:
         module = root.get_submodule(inner)
         twin: Any
         if isinstance(module, FAKE_QUANT):
             _check_calibrated(full, module)
             key = id(module.weight_quantizer)
-            twin = packed(module, stores.get(key))
         else:
-            twin = module
-            key = id(twin.packed)
+            key = id(module.packed)
         first = key not in stores
+        twin = packed_twin(module, stores) if isinstance(module, SIMULATED) else module
         stores[key] = twin.packed
         shapes[full] = (twin.packed.out_features, twin.packed.in_features)
         if hasattr(twin, "settings"):

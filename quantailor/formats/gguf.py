@@ -31,7 +31,7 @@ from quantailor.formats.gguf_names import Architecture
 from quantailor.formats.gguf_tensors import Plan, plan
 from quantailor.formats.receipt import ExportReceipt
 from quantailor.models.loading import load_float
-from quantailor.models.prepare import FAKE_QUANT, pack_model, state_of
+from quantailor.models.prepare import SIMULATED, pack_model, state_of
 from quantailor.models.structure import modules_of
 from quantailor.numerics.measures import relative_max_difference
 from quantailor.store.paths import shown
@@ -100,7 +100,7 @@ def _loaded(
             probe = stored[0]
         return held.model, tokenizer or held.tokenizer, probe
     model = source
-    if any(True for _ in modules_of(source, FAKE_QUANT)):
+    if any(True for _ in modules_of(source, SIMULATED)):
         pack_model(model := copy.deepcopy(source))
     return model, tokenizer, probe
 

@@ -17,6 +17,7 @@ from quantailor.errors import UntrustedInput
 from quantailor.models.structure import modules_of, replace
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.fake_quant import FakeQuant, fake_quantized
+from quantailor.nn.lora import LoRALinear
 from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantEmbedding, QuantLinear, packed
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.observers.weights import weight_scale
@@ -25,6 +26,7 @@ from quantailor.spec import Scheme
 
 FAKE_QUANT = get_args(FakeQuant)
 PACKED = (QuantLinear, QuantEmbedding, QuantConv2d)
+SIMULATED = (*FAKE_QUANT, LoRALinear)  # layers in training: `packed_twin` gives what is served
 
 
 @dataclass
@@ -92,13 +94,20 @@ def _some(names: list[str], limit: int = 3) -> str:
 
 
 def pack_model(model: nn.Module) -> nn.Module:
-    """Replace every fake-quantized layer by its packed twin. Returns the model, now without those float weights."""
+    """Replace every layer in training by its packed twin: float weights go, adapters are merged. Returns the model."""
     done: dict[int, PackedWeight] = {}
-    for name, module in list(modules_of(model, FAKE_QUANT)):
-        twin = packed(module, done.get(id(module.weight_quantizer)))
-        done[id(module.weight_quantizer)] = twin.packed
-        replace(model, name, twin)
+    for name, module in list(modules_of(model, SIMULATED)):
+        replace(model, name, packed_twin(module, done))
     return model
+
+
+def packed_twin(module: Any, stores: dict[int, PackedWeight]) -> QuantLinear | QuantEmbedding | QuantConv2d:
+    """What a layer in training is served as. `stores` remembers the packed weights that tied layers share."""
+    if isinstance(module, LoRALinear):
+        return module.merged()
+    twin = packed(module, stores.get(id(module.weight_quantizer)))
+    stores[id(module.weight_quantizer)] = twin.packed
+    return twin
 
 
 def unpack_model(model: nn.Module) -> nn.Module:

@@ -160,3 +160,21 @@ def quantize_activation(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> Int
     columns = affine.outlier_columns(values, spec.outliers)
     q, scale = affine.quantize_dynamic(values.index_fill(-1, columns, 0.0), qmin, qmax)
     return IntegerInput(q, scale, None, columns, values.index_select(-1, columns))
+
+
+def gradient_carrier(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> Tensor:
+    """What carries the gradient of `x` past its quantizer: `x` itself where the range follows it, else a tensor whose
+    gradient stops where the range clips. Scales do not train here. Shapes as in `quantize_activation`."""
+    if isinstance(spec.grid, Binary):
+        return fake_quantize_sign(x)
+    if scale is None:
+        return x
+    assert isinstance(spec.grid, Int)
+    return affine.fake_quantize(x.float(), scale, 0, spec.grid.qmin, spec.grid.qmax).to(x.dtype)
+
+
+def fake_quantized_activation(x: Tensor, spec: QuantSpec, scale: Tensor | None) -> Tensor:
+    """The value of `quantize_activation`, with the gradient of `gradient_carrier`."""
+    if isinstance(spec.grid, Binary) or scale is not None:
+        return gradient_carrier(x, spec, scale)
+    return affine.straight_through(x, quantize_activation(x, spec, None).dequantize().to(x.dtype))

@@ -37,7 +37,7 @@ def float_products() -> Iterator[None]:
         _independent.reset(token)
 
 
-def _product() -> Callable[[Tensor, Tensor], Tensor] | None:
+def product_in_use() -> Callable[[Tensor, Tensor], Tensor] | None:
     """The product to use: None is the fastest there is."""
     if torch.compiler.is_compiling():  # which cannot look at a context variable, and proofs are not compiled
         return None
@@ -64,7 +64,7 @@ class _IntegerForward(torch.autograd.Function):
         ctx.has_bias = bias is not None  # type: ignore[attr-defined]
         dtype = output_dtype(x_hat)
         with torch.autocast(x_hat.device.type, enabled=False):  # an integer sum is not to be rounded to bfloat16
-            return int_linear(x, weight, bias, _product(), dtype)
+            return int_linear(x, weight, bias, product_in_use(), dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +123,7 @@ class _IntegerLinear(torch.autograd.Function):
         integers = IntegerWeight(w_q, scale, _shift(grid, zero_point, scale), grid.group_size)
         dtype = output_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            return int_linear(IntegerInput(x_q, x_scale), integers, bias, _product(), dtype)
+            return int_linear(IntegerInput(x_q, x_scale), integers, bias, product_in_use(), dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

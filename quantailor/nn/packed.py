@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantailor.kernels.ops import IntegerInput, IntegerWeight, has_integer_product, int_linear
-from quantailor.nn.activation_quantizer import quantize_activation
+from quantailor.nn.activation_quantizer import fake_quantized_activation, gradient_carrier, quantize_activation
 from quantailor.nn.fake_quant import FakeQuant, FakeQuantConv2d, FakeQuantEmbedding, FakeQuantLinear
 from quantailor.nn.int_forward import output_dtype
+from quantailor.nn.recompute import frozen_linear
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics import grids, nf4
 from quantailor.numerics.grouping import from_groups, num_groups, to_groups
@@ -72,10 +73,7 @@ class PackedWeight(nn.Module):
         """Take over integers and their grid. The float weight is not needed."""
         scale_OG1, zero_point_OG1 = quantizer.scale, quantizer.zero_point
         buffers = dict(self.named_buffers())
-        if self.is_int8:
-            buffers["q"].copy_(q_ON)
-        else:
-            buffers["words"].copy_(pack(q_ON.to(torch.int16) - grids.lowest(self.spec.grid), self.spec.grid.bits))
+        self._put(q_ON)
         if quantizer.doubled is not None:
             for name, value in zip(("scale_codes", "scale_second", "scale_mean"), quantizer.doubled):
                 buffers[name].copy_(value)
@@ -84,8 +82,37 @@ class PackedWeight(nn.Module):
         if self.is_asymmetric:
             buffers["zero_point"].copy_(zero_point_OG1.squeeze(-1))
 
-    def integers(self, rows: Tensor | None = None) -> Tensor:
-        """int8 [O, N] (uint8 for 8 asymmetric bits), or those of some rows [n] only."""
+    @torch.no_grad()
+    def fill(self, q_ON: Tensor, like: PackedWeight, scale: Tensor) -> None:
+        """Take over integers, on the grid of another packed weight with this `scale` [O, G] or [1, 1]."""
+        buffers, theirs = dict(self.named_buffers()), dict(like.named_buffers())
+        for name in buffers:
+            if name in ("q", "words"):
+                continue
+            buffers[name].copy_(scale if name == "scale" else theirs[name])
+        self._put(q_ON)
+
+    def _put(self, q_ON: Tensor) -> None:
+        buffers = dict(self.named_buffers())
+        if self.is_int8:
+            buffers["q"].copy_(q_ON)
+        else:
+            buffers["words"].copy_(pack(q_ON.to(torch.int16) - grids.lowest(self.spec.grid), self.spec.grid.bits))
+
+    @torch.no_grad()
+    def encode(self, weight_nN: Tensor, rows: slice) -> Tensor:
+        """The integers that some rows of a float weight have on this grid, [n, N]."""
+        scale, zero_point = self.scales(), self.zero_points()
+        if scale.shape[0] != 1:
+            scale = scale[rows]
+            zero_point = zero_point[rows] if isinstance(zero_point, Tensor) else zero_point
+        if isinstance(zero_point, Tensor):
+            zero_point = zero_point.unsqueeze(-1)
+        w = to_groups(weight_nN.float(), self.spec.group_size)
+        return from_groups(grids.encode(w, scale.unsqueeze(-1), zero_point, self.spec.grid), self.in_features)
+
+    def integers(self, rows: Tensor | slice | None = None) -> Tensor:
+        """int8 [O, N] (uint8 for 8 asymmetric bits), or those of some rows only."""
         if self.is_int8:
             q: Tensor = self.q  # type: ignore[assignment]
             return q if rows is None else q[rows]
@@ -104,7 +131,7 @@ class PackedWeight(nn.Module):
         stored = dict(self.named_buffers()).get("zero_point")
         return 0 if stored is None else stored.to(torch.int32)
 
-    def dequantize(self, rows: Tensor | None = None) -> Tensor:
+    def dequantize(self, rows: Tensor | slice | None = None) -> Tensor:
         """float32 [O, N], or [n, N] for some rows: made for this call, not kept."""
         scale, zero_point = self.scales(), self.zero_points()
         if rows is not None and scale.shape[0] != 1:
@@ -121,6 +148,13 @@ class PackedWeight(nn.Module):
             return -self.zero_point.float()  # type: ignore[operator]
         offset = grids.limits(self.spec.grid)[2]
         return torch.full_like(self.scales(), offset) if offset else None
+
+    def grid_rows(self, rows: slice) -> IntegerWeight:
+        """Some rows as the integer product takes them."""
+        scale, shift = self.scales(), self.shift()
+        if scale.shape[0] != 1:
+            scale, shift = scale[rows], None if shift is None else shift[rows]
+        return IntegerWeight(self.integers(rows), scale, shift, self.spec.group_size)
 
     def extra_repr(self) -> str:
         return f"{self.out_features} x {self.in_features}, {self.spec.grid}"
@@ -145,14 +179,26 @@ class _Quant(nn.Module):
     def _out(self, y: Tensor) -> Tensor:
         if self.scheme.output is None:
             return y
+        if y.requires_grad:
+            return fake_quantized_activation(y, self.scheme.output, getattr(self, "output_scale", None))
         return quantize_activation(y, self.scheme.output, getattr(self, "output_scale", None)).dequantize().to(y.dtype)
+
+    def _carrier(self, x: Tensor) -> Tensor:
+        """`x` as far as its gradient goes."""
+        if self.scheme.input is None:
+            return x
+        return gradient_carrier(x, self.scheme.input, getattr(self, "input_scale", None))
 
     def extra_repr(self) -> str:
         return str(self.scheme)
 
 
 class QuantLinear(_Quant):
-    """y = x @ dequantize(q)^T + bias, as an integer product where x is quantized.   x [..., N] -> y [..., O]"""
+    """y = x @ dequantize(q)^T + bias, as an integer product where x is quantized.   x [..., N] -> y [..., O]
+
+    Frozen, but open to gradients: those of `x` pass straight through its quantizer, and no float weight is kept for
+    them (nn/recompute.py).
+    """
 
     @property
     def in_features(self) -> int:
@@ -168,6 +214,8 @@ class QuantLinear(_Quant):
         return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            return self._out(self._with_gradient(x))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.scheme.input is None:
             return self._out(F.linear(x, self.packed.dequantize().to(x.dtype), bias))
@@ -178,6 +226,12 @@ class QuantLinear(_Quant):
             self.packed.integers(), self.packed.scales(), self.packed.shift(), self.packed.spec.group_size
         )
         return self._out(int_linear(x_int, grid, self.bias, dtype=output_dtype(x)))
+
+    def _with_gradient(self, x: Tensor) -> Tensor:
+        x_int = None if self.scheme.input is None else self._quantize_input(x)
+        on_integers = x_int is not None and has_integer_product(self.packed.spec.grid)
+        rows = self.packed.grid_rows if on_integers else self.packed.dequantize
+        return frozen_linear(self._carrier(x), x_int, rows, self.bias, self.out_features, self.in_features)
 
 
 class QuantEmbedding(_Quant):

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from quantailor.nn.activation_quantizer import ActivationQuantizer
+from quantailor.nn.lora import LoRALinear
+from quantailor.nn.packed import PackedWeight
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.qat.distributed import put, whole
 
+# Their buffers are set by calibration, or are integers that training leaves alone.
+_SET_BEFORE = WeightQuantizer | ActivationQuantizer | PackedWeight | LoRALinear
 Score = tuple[float, ...]  # lower is better, compared left to right; NaN counts as worst
 
 
@@ -59,7 +63,7 @@ class Best:
 def _moved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     for prefix, module in model.named_modules():
-        if not isinstance(module, WeightQuantizer | ActivationQuantizer):  # theirs are set by calibration
+        if not isinstance(module, _SET_BEFORE):
             passing = module._non_persistent_buffers_set
             for name, buffer in module.named_buffers(prefix, recurse=False):
                 if name.rpartition(".")[2] not in passing:

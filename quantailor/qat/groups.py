@@ -15,6 +15,7 @@ from torch import nn
 from quantailor.errors import UsageError
 from quantailor.models.structure import blocks, modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
+from quantailor.nn.lora import Adapter
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.qat.settings import Settings
 
@@ -25,6 +26,7 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
     """Parameter name -> kind, of everything that trains."""
     ranges = {id(p) for _, q in modules_of(model, ActivationQuantizer) for p in q.parameters()}
     scales = {id(p) for _, q in modules_of(model, WeightQuantizer) for p in q.parameters()}
+    scales |= {id(adapter.log_scale) for _, adapter in modules_of(model, Adapter)}
     found = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

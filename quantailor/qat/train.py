@@ -23,6 +23,7 @@ from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.int_forward import set_backward
+from quantailor.nn.packed import PackedWeight
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
 from quantailor.qat import checkpoint, distributed
@@ -66,7 +67,7 @@ class TrainReport:
 
 def weight_bits(model: nn.Module) -> int:
     """The lowest number of weight bits in the model, 0 if it is float."""
-    bits = [m.spec.grid.bits for m in model.modules() if isinstance(m, WeightQuantizer)]
+    bits = [m.spec.grid.bits for m in model.modules() if isinstance(m, WeightQuantizer | PackedWeight)]
     return min(bits, default=0)
 
 

@@ -23,7 +23,7 @@ from quantailor.models.loading import (
     Task,
     load_float,
 )
-from quantailor.models.prepare import FAKE_QUANT, State, pack_model, state_of
+from quantailor.models.prepare import SIMULATED, State, pack_model, state_of
 from quantailor.models.structure import modules_of
 from quantailor.qat.train import TrainReport
 from quantailor.store.manifest import hash_folder, write_manifest
@@ -56,8 +56,8 @@ class Model:
 
     @property
     def is_packed(self) -> bool:
-        """Whether it holds integers only."""
-        return self.state is not None and not any(True for _ in modules_of(self.model, FAKE_QUANT))
+        """Whether it holds integers only, all of them as they will be served."""
+        return self.state is not None and not any(True for _ in modules_of(self.model, SIMULATED))
 
 
 def load(path: str | Path, *, task: Task | None = None, num_labels: int | None = None, verify: bool = True) -> Model:
