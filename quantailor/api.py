@@ -6,10 +6,21 @@ qt.save(model, "out"); print(qt.check("out"))
 """
 
 from quantailor.environment import environment
+from quantailor.nn.lora import LoRA
 from quantailor.qat.settings import Settings
 from quantailor.recipe import Keep, Recipe, Rule
 from quantailor.searching.ladder import Goal
 from quantailor.spec import Scheme
+from quantailor.verbs.adapters import (
+    add_adapter,
+    load_adapter,
+    load_base,
+    lora_size,
+    merge,
+    save_adapter,
+    save_base,
+    set_adapter,
+)
 from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
 from quantailor.verbs.in_parts import QuantizedFolder, quantize_folder
@@ -26,6 +37,7 @@ __all__ = [
     "FitResult",
     "Goal",
     "Keep",
+    "LoRA",
     "Mixed",
     "Model",
     "Plan",
@@ -36,6 +48,7 @@ __all__ = [
     "Scheme",
     "Sensitivity",
     "Settings",
+    "add_adapter",
     "adequacy",
     "as_model",
     "check",
@@ -46,6 +59,10 @@ __all__ = [
     "fit",
     "generate",
     "load",
+    "load_adapter",
+    "load_base",
+    "lora_size",
+    "merge",
     "mixed",
     "pack",
     "pack_module",
@@ -57,7 +74,10 @@ __all__ = [
     "recipe_for",
     "report",
     "save",
+    "save_adapter",
+    "save_base",
     "sensitivity",
+    "set_adapter",
     "train",
     "train_folder",
 ]

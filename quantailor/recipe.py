@@ -229,7 +229,7 @@ def block_prefixes(model: Any) -> tuple[str, ...]:
 
 
 def _own_kind(module: Any) -> str:
-    """The kind of a layer, or of the one that a fake-quantized, packed or adapted one stands for: blocks stay blocks."""
+    """The kind of a layer, or of the one that a fake-quantized, packed or adapted one stands for; blocks stay."""
     return type(module).__name__.removeprefix("Fake").removeprefix("Quant").removeprefix("LoRA")
 
 

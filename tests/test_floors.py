@@ -133,7 +133,7 @@ def test_importing_these_does_no_work_and_needs_no_torch(module):
 
 OURS = """
 import logging, os, sys, warnings
-import torch, transformers, accelerate, datasets  # what they do on import is theirs
+import torch, transformers, accelerate, datasets, peft  # what they do on import is theirs
 import transformers.trainer, transformers.quantizers
 import rich, typer
 def state():

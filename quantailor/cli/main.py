@@ -25,6 +25,7 @@ from quantailor.cli.evaluate import evaluate
 from quantailor.cli.export import export
 from quantailor.cli.fit import fit
 from quantailor.cli.generate import generate
+from quantailor.cli.lora import merge
 from quantailor.cli.plan import plan
 from quantailor.cli.quantize import quantize
 from quantailor.cli.report import report
@@ -48,6 +49,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "check": check,
+    "merge": merge,
     "export": export,
     "report": report,
     "sensitivity": sensitivity,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from quantailor.cli import lora as a
 from quantailor.cli import options as o
 from quantailor.cli.console import progress
 
@@ -62,6 +63,16 @@ def train(
     context: o.ContextOption = 256,
     rule: o.RuleOption = None,
     no_ragged: o.NoRaggedOption = False,
+    lora: a.RankOption = None,
+    lora_alpha: a.AlphaOption = None,
+    lora_dropout: a.DropoutOption = None,
+    lora_targets: a.TargetsOption = None,
+    lora_base_bits: a.BaseBitsOption = None,
+    lora_init: a.InitOption = None,
+    lora_beside: a.BesideOption = False,
+    lora_scales: a.ScalesOption = False,
+    adapter_out: a.AdapterOutOption = None,
+    base_out: a.BaseOutOption = None,
     format: o.FormatOption = None,
     seed: o.SeedOption = 0,
     overwrite: o.OverwriteOption = False,
@@ -77,6 +88,10 @@ def train(
 
     A bare encoder gets a head for the labels in the data:
     quantailor train ./encoder --scheme float --data train.jsonl --out ./classifier
+
+    With --lora only a low-rank adapter trains, inside the rounding, on a base that stays packed; OUT is the merged
+    model, with the integers that were trained:
+    quantailor train ./model-w4 --lora 16 --teacher ./model --data train.txt --out ./tuned --adapter-out ./adapter
     """
     from quantailor import api
     from quantailor.cost.size import weight_file_bytes
@@ -85,7 +100,11 @@ def train(
     from quantailor.verbs.training import train_folder
 
     inputs = [p for p in (model, data, eval_data) if p is not None]
-    check_out(out, overwrite=overwrite, inputs=inputs)
+    for place in (out, *(p for p in (adapter_out, base_out) if p is not None)):
+        check_out(place, overwrite=overwrite, inputs=inputs)
+    is_float = not (model / "quantailor.json").exists()
+    options = (lora, lora_alpha, lora_dropout, lora_targets, lora_base_bits, lora_init, lora_beside, lora_scales)
+    adapter = a.lora_of(*options, adapter_out, base_out, is_float)
     o.check_format(format)
     settings = api.Settings(
         steps=steps,
@@ -119,6 +138,9 @@ def train(
             overwrite=overwrite,
             format=format,
             inputs=inputs,
+            adapter_out=adapter_out,
+            base_out=base_out,
+            lora=adapter,
             scheme=scheme,
             eval_data=eval_data,
             teacher=None if teacher == "none" else teacher,
@@ -151,6 +173,9 @@ def train(
         "size_bytes": weight_file_bytes(out),
         "notes": trained.notes,
     }
+    if adapter is not None:
+        document["trainable"] = report.trainable
+        document |= {n: str(p) for n, p in (("adapter_out", adapter_out), ("base_out", base_out)) if p is not None}
     text = (
         f"{document['scheme']}: score {report.start[0]:.4f} -> {report.best[0]:.4f} "
         f"(lower is better; best at step {report.best_step} of {report.steps}); "

@@ -7,7 +7,6 @@ Targets are named as peft names them: a layer matches its whole name or the last
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ def _quantized(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _spec(module: Any) -> QuantSpec:
-    return module.packed.spec if hasattr(module, "packed") else module.weight_quantizer.spec  # type: ignore[no-any-return]
+    return module.packed.spec if hasattr(module, "packed") else module.weight_quantizer.spec
 
 
 def _check(
@@ -128,13 +127,17 @@ def _check(
     if not name or "." in name or "/" in name:
         raise UsageError(f"{name!r} cannot name an adapter; use letters, digits and dashes")
     if convolutions := [n for n, m in model.named_modules() if isinstance(m, QuantConv2d) or _is_conv(m)]:
-        raise UsageError(f"{convolutions[0]} is a quantized convolution, through which adapters get no gradient; keep it")
+        raise UsageError(
+            f"{convolutions[0]} is a quantized convolution, through which adapters get no gradient; keep it"
+        )
     for layer, module in chosen.items():
         spec, bits = _spec(module), _spec(module).grid.bits
         if lora.inside and isinstance(spec.grid, NF4):
             raise UsageError(f"{layer} is nf4, which has no integers to round an adapter into; train it beside (QLoRA)")
         wanted = base_bits(lora, bits)
-        if wanted < bits:
+        if lora.inside and wanted > bits + 8:
+            raise UsageError(f"base_bits={wanted}: {layer} has {bits} bits, and 8 more is the most a base keeps")
+        if lora.inside and wanted < bits:
             raise UsageError(f"base_bits={wanted} cannot hold the {bits} bits of {layer}; use {bits} or more")
         if wanted > bits and lora.init == "loftq":
             raise UsageError(f'init="loftq" finds what a base of {bits} bits lacks; leave base_bits out, or use {bits}')
@@ -264,7 +267,8 @@ class Size:
         return self.trainable / self.total
 
     def __str__(self) -> str:
-        return f"{_short(self.trainable)} trainable of {_short(self.total)} parameters ({self.share:.2%}), {self.layers} layers"
+        numbers = f"{_short(self.trainable)} trainable of {_short(self.total)} parameters ({self.share:.2%})"
+        return f"{numbers}, {self.layers} layers"
 
 
 def _short(number: int) -> str:
@@ -274,13 +278,22 @@ def _short(number: int) -> str:
     return str(number)
 
 
+def num_weights(model: nn.Module) -> int:
+    """Parameters of the model itself, packed or not: without adapters and without the grids' scales."""
+    quantizers = {id(p) for m in model.modules() if isinstance(m, WeightQuantizer) for p in m.parameters()}
+    own = [p for n, p in model.named_parameters() if ".adapters." not in n and id(p) not in quantizers]
+    packed_weights = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    biases = [m.bias for m in model.modules() if hasattr(m, "packed") and isinstance(m.bias, Tensor)]
+    total = sum(t.numel() for t in (*own, *biases))
+    return total + sum(m.out_features * m.in_features for m in packed_weights)
+
+
 def size_of(model: nn.Module, lora: LoRA) -> Size:
     """What `lora` would train on `model`, float or quantized, on any device, `meta` included: names and shapes only.
 
     Raises: UsageError as `targeted`.
     """
-    total = sum(p.numel() for n, p in model.named_parameters() if ".adapters." not in n)
-    total += sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, PackedWeight))
+    total = num_weights(model)
     shapes = {name: _shape(module) for name, module in _linear(model)}
     if not shapes:  # float: the linear layers that quantization would take by default, those of the blocks
         prefixes = tuple(block_prefixes(model)) or ("",)
@@ -297,6 +310,26 @@ def size_of(model: nn.Module, lora: LoRA) -> Size:
 # ------------------------------------------------------------------------------------------------ the base
 
 
+def attach_fractions(model: nn.Module, found: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Put what a base kept beside its integers (layer -> words, bits) into a packed model, which is still the base."""
+    for name, (words, bits) in found.items():
+        source = model.get_submodule(name)
+        assert isinstance(source, QuantLinear)
+        layer = LoRALinear(source)
+        layer.fraction_bits = bits
+        layer.register_buffer("fraction", words)
+        replace(model, name, layer)
+
+
+def base_of(model: nn.Module) -> Any:
+    """The packed base alone, on the same tensors: adapters and fractions are left out."""
+    base = sharing_copy(model)
+    activate(base, None)
+    for name, module in list(modules_of(base, LoRALinear)):
+        replace(base, name, module.merged())
+    return base
+
+
 def base_hash(model: nn.Module) -> str:
     """sha256 of all that lies under the adapters: integers, scales, fractions, and what is in float."""
     digest = hashlib.sha256()
@@ -305,17 +338,17 @@ def base_hash(model: nn.Module) -> str:
             continue
         raw = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(raw.shape)} {raw.dtype} ".encode())
-        digest.update(memoryview(raw.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        digest.update(memoryview(raw.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
 def sharing_copy(model: nn.Module) -> Any:
-    """A copy of the modules on the very same tensors: freezing it, or putting adapters into it, leaves `model` alone."""
+    """A copy of the modules on the very same tensors, adapters apart, which are copied: freezing it, giving it adapters
+    or training them leaves `model` alone."""
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+    for name, parameter in model.named_parameters():
+        if ".adapters." not in name:
+            memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(model, memo)
-
-

@@ -68,7 +68,9 @@ class LoRA:
         if self.iterations < 1:
             raise UsageError(f"iterations={self.iterations} does nothing; use 1 or more (5 is usual)")
         if self.scales and not self.inside:
-            raise UsageError("scales belong to what is rounded, and this adapter stands beside; leave one of the two out")
+            raise UsageError(
+                "scales belong to what is rounded, and this adapter stands beside; leave one of the two out"
+            )
 
     @property
     def alpha(self) -> float:
@@ -153,7 +155,7 @@ class LoRALinear(_Quant):
         q = self.packed.integers(rows).float()
         if not self.fraction_bits:
             return q
-        words: Tensor = self.fraction[rows]  # type: ignore[index,assignment]
+        words: Tensor = self.fraction[rows]  # type: ignore[index]
         r = unpack(words, self.fraction_bits, self.in_features).float() - 2 ** (self.fraction_bits - 1)
         return q.add_(r, alpha=2.0**-self.fraction_bits)
 
@@ -177,7 +179,9 @@ class LoRALinear(_Quant):
         dtype = torch.int8 if has_integer_product(self.packed.spec.grid) else torch.uint8
         return IntegerWeight(q.to(dtype), scale, shift, self.packed.spec.group_size)
 
-    def trained_rows(self, a: Tensor, b: Tensor, log_scale: Tensor | None, scaling: float, quantized_input: bool) -> Rows:
+    def trained_rows(
+        self, a: Tensor, b: Tensor, log_scale: Tensor | None, scaling: float, quantized_input: bool
+    ) -> Rows:
         """Makes rows of the trained weight: integers where the input has them too, else their float values."""
         scale = self.packed.scales() if log_scale is None else self.packed.scales() * log_scale.exp()
         on_integers = quantized_input and has_integer_product(self.packed.spec.grid)
@@ -248,7 +252,7 @@ class LoRALinear(_Quant):
         return self._out(y)
 
     def _inside(self, x: Tensor, x_int: IntegerInput | None, adapter: Adapter) -> Tensor:
-        a = adapter.lora_A
+        a: Tensor = adapter.lora_A
         if self.training and (p := adapter.lora.lora_dropout):
             a = a * F.dropout(a.new_ones(a.shape[1]), p)  # one mask a step, so that what is rounded is one weight
         kept, tensors = Kept.of(x_int)
@@ -258,7 +262,7 @@ class LoRALinear(_Quant):
 
 
 class _Adapted(torch.autograd.Function):
-    """The layer with its adapter inside. Kept for backward: the input, or its integers; A and B. The rest is made anew."""
+    """The layer with its adapter inside. Kept for backward: the input or its integers, A and B. The rest is made anew."""
 
     @staticmethod
     def forward(

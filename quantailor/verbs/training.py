@@ -18,11 +18,13 @@ from quantailor.errors import UntrustedInput, UsageError
 from quantailor.evaluate.classification import ClassificationResult
 from quantailor.evaluate.run import evaluate as measure
 from quantailor.formats import folder as folders
+from quantailor.models.adapt import active, adapters
 from quantailor.models.loading import (
     load_tokenizer,
     task_of,
 )
 from quantailor.models.prepare import unpack_model
+from quantailor.nn.lora import LoRA
 from quantailor.progress import Progress
 from quantailor.qat import distributed
 from quantailor.qat.checkpoint import KEPT, fingerprint
@@ -35,6 +37,16 @@ from quantailor.store.lock import locked
 from quantailor.store.publish import DiskFull, is_disk_full, new_folder
 from quantailor.store.untrusted import scan_model_folder
 from quantailor.store.work import Work, work_folder
+from quantailor.verbs.adapters import TRAINED, adapter_details, fill_adapter, fill_base, merge_notes
+from quantailor.verbs.lora_training import (
+    adapter_rates,
+    base_for_adapter,
+    begun,
+    continued,
+    for_adapter,
+    method_before,
+    size_of_adapter,
+)
 from quantailor.verbs.model import Model, as_model, check_comparable, examples_for, fill, load, probe_of
 from quantailor.verbs.quantizing import quantize
 
@@ -54,6 +66,7 @@ def train(
     ragged: bool = True,
     progress: Progress | None = None,
     work: str | Path | None = None,
+    lora: LoRA | int | None = None,
 ) -> Model:
     """QAT: from PTQ (done first if the model is float) to the best iterate of training; never worse than its start.
 
@@ -62,6 +75,9 @@ def train(
     out to choose the best iterate. `work` is a folder for checkpoints: after a kill the same call goes on behind the
     last one (PTQ is done again, to the same integers), and the weights are those of a run that was never stopped.
     It is removed once training is done. Where torch.distributed is initialised, every process calls this.
+
+    `lora` (a rank, or more of it) trains an adapter inside the rounding on a packed base (verbs/lora_training.py); the
+    model that comes back holds both, and `save` merges them exactly.
     Raises: UsageError, UntrustedInput as the parts do; Busy if another process trains in `work`.
     """
     settings = settings or Settings()
@@ -80,6 +96,7 @@ def train(
             ragged,
             progress,
             None if work is None else Path(work),
+            lora,
         )
 
 
@@ -91,21 +108,31 @@ def train_folder(
     overwrite: bool = False,
     format: str | None = None,
     inputs: Sequence[Path] = (),
+    adapter_out: str | Path | None = None,
+    base_out: str | Path | None = None,
     **options: Any,
 ) -> Model:
     """`train` and `save`, with the checkpoints in a hidden folder beside `out`: the same call goes on after a kill.
 
-    `options`: those of `train`, `work` aside. `inputs`: paths that `out` must not touch. Where torch.distributed is
-    initialised, every process calls this and the first one writes.
+    `options`: those of `train`, `work` aside. `inputs`: paths that `out` must not touch. `adapter_out`, `base_out`:
+    folders for the adapter alone and for the base it belongs to. Where torch.distributed is initialised, every process
+    calls this and the first one writes.
     """
     out = Path(out)
     with ExitStack() as stack:
         place = None
         if distributed.rank() == 0:
             place = stack.enter_context(new_folder(out, overwrite=overwrite, inputs=inputs))
+            beside = {
+                write: stack.enter_context(new_folder(Path(path), overwrite=overwrite, inputs=inputs))
+                for write, path in ((fill_adapter, adapter_out), (fill_base, base_out))
+                if path is not None
+            }
         trained = train(model, data, work=work_folder(out), **options)
         if place is not None:
-            fill(place, trained, format)
+            for write, folder in beside.items():
+                write(folder, trained)
+            fill(place, trained, format, adapter_details(trained))
     return trained
 
 
@@ -123,9 +150,13 @@ def _train(
     ragged: bool,
     progress: Progress | None,
     folder: Path | None,
+    lora: LoRA | int | None,
 ) -> Model:
+    settings = for_adapter(settings, lora)
     parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
-    source, train_data, new_head = _for_training(model, data, context, settings.seed)
+    source, train_data, new_head = _for_training(
+        model if lora is None else base_for_adapter(model), data, context, settings.seed
+    )
     if source.state is None and parsed is None:
         raise UsageError("the model is float: name a scheme to train for, or `float` for a plain fine-tune")
     if source.state is not None and parsed is not None:
@@ -150,13 +181,17 @@ def _train(
     if reference is None:  # no distance to keep: the task's own loss is all there is
         settings = dataclasses.replace(settings, kl_weight=0.0, task_weight=settings.task_weight or 1.0)
     if is_float:
+        if lora is not None:
+            raise UsageError("an adapter inside the rounding needs a grid, and scheme float has none; leave lora out")
         started = dataclasses.replace(source, model=copy.deepcopy(source.model))
+    elif source.state is not None and (lora is not None or adapters(source.model)):
+        started = continued(source, lora, settings.seed)
     elif source.state is None:
         assert parsed is not None
         started = quantize(
             source,
             parsed,
-            method=method,
+            method=method_before(lora, method),
             data=train_data,
             samples=samples,
             rules=rules,
@@ -167,6 +202,14 @@ def _train(
     else:
         started = dataclasses.replace(source, model=copy.deepcopy(source.model))
         unpack_model(started.model)
+    if lora is not None and source.state is None:
+        started = begun(started, source, lora, settings.seed)
+    if (named := active(started.model)) is not None:
+        settings = adapter_rates(settings, started.model)
+        notes += [note for note in started.notes if note not in notes]
+        notes.append(f"adapter {named}: {size_of_adapter(started.model, named)}")
+        if progress is not None:
+            progress.say(notes[-1])
 
     def score(candidate: Any) -> tuple[float, ...]:
         result = measure(candidate, held_out)
@@ -179,6 +222,7 @@ def _train(
         if folder is not None and distributed.rank() == 0:
             stack.enter_context(locked(folder))
             config = _config(started, reference, train_data, held_out, settings)
+            config |= {"adapter": adapter_details(started)} if active(started.model) else {}
             work = stack.enter_context(_working(folder, config, progress))
             if work.fresh_because:
                 notes.append(
@@ -197,7 +241,8 @@ def _train(
     if started.state is not None:
         started.state.notes += report.notes
         if report.improved:
-            started.state.method += "+qat"
+            started.state.method += "+qat" if active(started.model) is None else TRAINED
+        notes += merge_notes(started.model)
     return dataclasses.replace(
         started, training=report, notes=notes + report.notes, probe=probe_of(held_out), details={}
     )

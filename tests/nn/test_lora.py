@@ -15,7 +15,16 @@ from quantailor.numerics import grids
 from quantailor.observers.weights import weight_scale
 from quantailor.spec import Scheme
 
-SCHEMES = ["w4a16-g32", "w4a16", "w8a16", "w3a16-g32", "w2a16-g32", "w2a16-g32-balanced", "w4a16-g32-asym", "w8a16-asym"]
+SCHEMES = [
+    "w4a16-g32",
+    "w4a16",
+    "w8a16",
+    "w3a16-g32",
+    "w2a16-g32",
+    "w2a16-g32-balanced",
+    "w4a16-g32-asym",
+    "w8a16-asym",
+]
 SCHEMES += ["w1.58a16", "w1a16", "w8a8", "w4a8-g32", "w8a8-static", "w4a8-g32-asym"]
 
 
@@ -160,7 +169,9 @@ def test_no_float_weight_is_kept_for_backward(scheme, inside):
 def test_beside_is_the_base_and_lora():
     layer, _, _ = layer_of("w4a16-g32", LoRA(r=3, lora_alpha=5, inside=False))
     x, adapter = torch.randn(4, 72), layer.adapter
-    expected = F.linear(x, layer.packed.dequantize(), layer.bias) + 5 / 3 * (x @ adapter.lora_A.t() @ adapter.lora_B.t())
+    expected = F.linear(x, layer.packed.dequantize(), layer.bias) + 5 / 3 * (
+        x @ adapter.lora_A.t() @ adapter.lora_B.t()
+    )
     torch.testing.assert_close(layer(x), expected)
     merged = layer.merged()
     target = layer.packed.dequantize() + 5 / 3 * adapter.lora_B @ adapter.lora_A
