@@ -4,7 +4,7 @@
     adapter_model.safetensors    peft's: base_model.model.<layer>.lora_A.weight [R, N], .lora_B.weight [O, R], float32
     quantailor_adapter.json      the base it belongs to (a hash), whether it stands inside the rounding, and the digests
                                  of the integers it merges to
-    scales.safetensors           <layer>: logarithms [O, G] of what the grid's scales are multiplied by, where they train
+    scales.safetensors           <layer>: logarithms [O, G] of what the scales are multiplied by, where they train
     MANIFEST.json                sha256 of each file
 
 A folder that peft wrote has the first two only: such an adapter stands beside the rounding, and its base is unknown.

@@ -262,7 +262,7 @@ class LoRALinear(_Quant):
 
 
 class _Adapted(torch.autograd.Function):
-    """The layer with its adapter inside. Kept for backward: the input or its integers, A and B. The rest is made anew."""
+    """The layer with its adapter inside. Kept for backward: input (or its integers), A, B. The rest is made anew."""
 
     @staticmethod
     def forward(
