@@ -10,6 +10,7 @@ from quantailor.nn.lora import LoRA
 from quantailor.qat.settings import Settings
 from quantailor.recipe import Keep, Recipe, Rule
 from quantailor.searching.ladder import Goal
+from quantailor.searching.space import Space
 from quantailor.spec import Scheme
 from quantailor.verbs.adapters import (
     add_adapter,
@@ -21,6 +22,7 @@ from quantailor.verbs.adapters import (
     save_base,
     set_adapter,
 )
+from quantailor.verbs.auto_qat import Searched, search
 from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
 from quantailor.verbs.in_parts import QuantizedFolder, quantize_folder
@@ -46,8 +48,10 @@ __all__ = [
     "Result",
     "Rule",
     "Scheme",
+    "Searched",
     "Sensitivity",
     "Settings",
+    "Space",
     "add_adapter",
     "adequacy",
     "as_model",
@@ -76,6 +80,7 @@ __all__ = [
     "save",
     "save_adapter",
     "save_base",
+    "search",
     "sensitivity",
     "set_adapter",
     "train",

@@ -30,6 +30,7 @@ INNER_IMPORTS = {
     "quantailor.__init__": "the verbs are looked up on first use, so that importing the package costs nothing",
     "quantailor.data.sources": "datasets is an extra, and slow to import",
     "quantailor.formats.gguf": "gguf is an extra",
+    "quantailor.searching.shared_study": "optuna is an extra",
     "quantailor.verbs.exporting": "onnx and onnxruntime are an extra",
 }
 

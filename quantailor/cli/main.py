@@ -30,6 +30,7 @@ from quantailor.cli.plan import plan
 from quantailor.cli.quantize import quantize
 from quantailor.cli.report import report
 from quantailor.cli.schemes import schemes
+from quantailor.cli.search import search
 from quantailor.cli.sensitivity import sensitivity
 from quantailor.cli.train import train
 from quantailor.errors import QuantailorError
@@ -52,6 +53,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "export": export,
     "report": report,
+    "search": search,
     "sensitivity": sensitivity,
     "generate": generate,
     "calibration": calibration,
