@@ -9,8 +9,8 @@ Then, each with a new study: the search alone, with other seeds of its sampler, 
 seconds; and the verb itself, once, which has to keep three budgets in its own process: accuracy, latency, minutes.
 
 Regret: perplexity of what the search chose over that of the grid's best within the limits, less 1. `choosing` is on the
-rows that recipes are compared on, from the grid's own figure of that recipe; `judged` on the validation text: the model
-that the verb saved against the grid's best as it was trained. Cost: processor seconds, so that other work on the machine
+rows that recipes are compared on, from the grid's own figure of that recipe; `judged` on the validation text: what
+the verb saved against the grid's best as it was trained. Cost: processor seconds, so that other work on the machine
 counts for neither; wall seconds stand beside. A grid point or a run that is in --out already is not run again.
 """
 

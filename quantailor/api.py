@@ -12,17 +12,7 @@ from quantailor.recipe import Keep, Recipe, Rule
 from quantailor.searching.ladder import Goal
 from quantailor.searching.space import Space
 from quantailor.spec import Scheme
-from quantailor.verbs.adapters import (
-    add_adapter,
-    load_adapter,
-    load_base,
-    lora_size,
-    merge,
-    save_adapter,
-    save_base,
-    set_adapter,
-)
-from quantailor.verbs.auto_qat import Searched, search
+from quantailor.verbs.auto_qat import search
 from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
 from quantailor.verbs.in_parts import QuantizedFolder, quantize_folder
@@ -32,6 +22,7 @@ from quantailor.verbs.model import Model, Result, as_model, examples_for, load, 
 from quantailor.verbs.planning import Plan, plan
 from quantailor.verbs.quantizing import pack_module, quantize, quantize_module, recipe_for
 from quantailor.verbs.reporting import report
+from quantailor.verbs.searched import Searched
 from quantailor.verbs.sensitivity import Sensitivity, sensitivity
 from quantailor.verbs.training import train, train_folder
 

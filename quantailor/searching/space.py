@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class Point:
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Point))
-_TYPES = {field.name: type(field.default) for field in dataclasses.fields(Point)}
+_TYPES: dict[str, Callable[[Any], Any]] = {name: type(getattr(Point(), name)) for name in NAMES}
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Space:
             raise UsageError(f"scales={unknown[0]!r} is none of learned, fixed")
         for name, least in (("steps", 1), ("group", 0), ("frozen", 0), ("learning_rate", 1e-9)):
             values = dict(self.items())[name]
-            if not isinstance(values, Range) and min(values) < least:  # type: ignore[type-var]
-                raise UsageError(f"{name}={min(values)} in the space must be {least:g} or more")  # type: ignore[type-var]
+            if not isinstance(values, Range) and min(values) < least:
+                raise UsageError(f"{name}={min(values)} in the space must be {least:g} or more")
         if max(self.frozen) >= 1:
             raise UsageError(f"frozen={max(self.frozen)} leaves no block to train; use less than 1")
         for bits, group, inputs in itertools.product(self.bits, self.group, self.inputs):
@@ -119,7 +119,7 @@ class Space:
         """How many points; None where a range makes them endless."""
         if any(isinstance(values, Range) for _, values in self.items()):
             return None
-        return math.prod(len(values) for _, values in self.items())  # type: ignore[arg-type]
+        return math.prod(len(values) for _, values in self.items() if not isinstance(values, Range))
 
     def points(self) -> list[Point]:
         """Every point, the first name slowest. Raises: UsageError for an endless space."""
@@ -180,4 +180,6 @@ def _values(name: str, text: str) -> tuple[Value, ...] | Range:
     except UsageError:
         raise
     except ValueError as error:
-        raise UsageError(f"--space {name}={text}: these are no values of {name} ({kind.__name__})") from error
+        raise UsageError(
+            f"--space {name}={text}: these are no values of {name} ({getattr(kind, '__name__', '')})"
+        ) from error

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,12 @@ from quantailor.ptq.defaults import one_pass
 from quantailor.qat.checkpoint import fingerprint
 from quantailor.qat.settings import Settings
 from quantailor.recipe import Recipe, Rule
-from quantailor.searching.auto_qat import Clock, Found, Search
+from quantailor.searching.auto_qat import Clock, Search
 from quantailor.searching.front import Limits
 from quantailor.searching.ladder import relative_loss
 from quantailor.searching.latency import Latency
 from quantailor.searching.qat_runs import Runs
-from quantailor.searching.shared_study import SharedStudy, Tried
+from quantailor.searching.shared_study import SharedStudy
 from quantailor.searching.space import Space
 from quantailor.store.jsonio import write_json
 from quantailor.store.manifest import NAME as MANIFEST
@@ -47,44 +46,10 @@ from quantailor.store.manifest import write_manifest
 from quantailor.store.publish import new_folder
 from quantailor.verbs.judging import check
 from quantailor.verbs.model import Model, Result, as_model, examples_for, fill, probe_of
+from quantailor.verbs.searched import Searched, document_of, only_trials, sentence_of
 
 SEARCH = "search.json"
 _CHOOSING = {"lm": 64, "classification": 256}  # rows that recipes are compared on
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What `search` found. `verdict`: feasible, infeasible, or `trials` where no winner was to be trained.
-
-    `data` is search.json: every trial, the front, the winner measured again, and what the search itself cost.
-    """
-
-    verdict: str
-    data: dict[str, Any]
-    out: Path | None
-
-    @property
-    def meets(self) -> bool:
-        return self.verdict != "infeasible"
-
-    def to_json(self) -> dict[str, Any]:
-        return self.data
-
-    def text(self) -> str:
-        """Lines for people: the front, the winner, the cost."""
-        data = self.data
-        unit = data["cost_unit"]
-        lines = [f"Pareto front of {len(data['trials'])} trials (loss relative to float, {unit}):"]
-        by_number = {t["number"]: t for t in data["trials"]}
-        for number in sorted(data["front"], key=lambda n: by_number[n]["cost"]):
-            t = by_number[number]
-            mark = "  <- winner" if data["winner"] and number == data["winner"]["number"] else ""
-            lines.append(f"  {_cost(t['cost'], unit):>14}  {t['loss']:+8.2%}  trial {number:<3} {t['recipe']}{mark}")
-        if data["latency_how"]:
-            lines.append(f"latency: {data['latency_how']}")
-        lines.append(_cost_line(data["cost"]))
-        lines.append(data["sentence"])
-        return "\n".join([*lines, *(f"note: {note}" for note in data["notes"])])
 
 
 def search(
@@ -158,9 +123,16 @@ def search(
         with SharedStudy(place, question, space, limits, seed=settings.seed) as shared:
             work = Search(runs, shared, limits, clock, trials=trials, trains_winner=folder is not None, progress=bars)
             found = work.search()
-            document = _document(found, space, limits, accuracy, latency, latency_ms, size_bytes, minutes, float_result)
+            budgets = {
+                "accuracy": str(accuracy),
+                "loss": limits.loss,
+                "latency_ms": latency_ms,
+                "size_bytes": size_bytes,
+                "minutes": minutes,
+            }
+            document = document_of(found, space, budgets, latency, float_result)
             if folder is None or found.winner is None:
-                return _only_trials(document, found, notes, began, place)
+                return only_trials(document, found, notes, began, place)
             model_, trained = work.train_winner(found.winner)
         winner_seconds = time.monotonic() - began - found.seconds
         final = measure(model_, judging, reference=reference)
@@ -194,7 +166,7 @@ def search(
             "out": str(out),
         }
         document["cost"] |= {"winner_seconds": winner_seconds, "seconds": time.monotonic() - began}
-        document["sentence"] = _sentence(document, excess)
+        document["sentence"] = sentence_of(document, excess)
         document = jsonable(document)
         write_json(folder / SEARCH, document)
         (folder / MANIFEST).unlink()
@@ -302,96 +274,3 @@ def _question(
         "versions": versions,
     }
     return dict(json.loads(json.dumps(question)))
-
-
-def _document(
-    found: Found,
-    space: Space,
-    limits: Limits,
-    accuracy: str | float,
-    latency: Latency | None,
-    latency_ms: float | None,
-    size_bytes: int | None,
-    minutes: float,
-    float_result: Result,
-) -> dict[str, Any]:
-    return {
-        "verdict": "trials",
-        "metric": float_result.metric,
-        "float": {"value": float_result.value},
-        "budgets": {
-            "accuracy": str(accuracy),
-            "loss": limits.loss,
-            "latency_ms": latency_ms,
-            "size_bytes": size_bytes,
-            "minutes": minutes,
-        },
-        "cost_unit": "ms" if latency else "bytes",
-        "latency_how": latency.how if latency else None,
-        "winner": None if found.winner is None else _trial(found.winner),
-        "front": found.front,
-        "trials": [_trial(t) for t in found.tried],
-        "cost": {
-            "search_seconds": found.seconds,
-            "processor_seconds": found.processor_seconds,
-            "trial_seconds": found.trial_seconds,
-            "trials": len(found.tried),
-            "workers": len({t.facts.get("worker") for t in found.tried}),
-            "budget_seconds": 60 * minutes,
-        },
-        "stopped": found.stopped,
-        "space": space.to_json(),
-        "environment": environment(),
-    }
-
-
-def _trial(tried: Tried) -> dict[str, Any]:
-    facts = {n: v for n, v in tried.facts.items() if not n.startswith("look ") and n not in ("pid", "seconds_per_step")}
-    looks = [v[:2] for n, v in sorted(tried.facts.items()) if n.startswith("look ")]
-    point = tried.point.to_json()
-    return {
-        "number": tried.number,
-        "recipe": str(tried.point),
-        "point": point,
-        "loss": tried.loss,
-        "cost": tried.cost,
-        **facts,
-        "looks": looks,
-    }
-
-
-def _only_trials(document: dict[str, Any], found: Found, notes: list[str], began: float, place: Path) -> Searched:
-    """A worker's answer: the front so far."""
-    document |= {"notes": [*notes, *found.notes], "study": str(place)}
-    document["cost"] |= {"seconds": time.monotonic() - began}
-    document["sentence"] = f"{found.stopped}; no model was trained beyond its trial: that is what --out is for"
-    return Searched("trials", jsonable(document), None)
-
-
-def _sentence(document: dict[str, Any], excess: float) -> str:
-    """The verdict in words, with every budget beside what was measured."""
-    final, budgets = document["final"], document["budgets"]
-    metric, unit = document["metric"], document["cost_unit"]
-    limit = budgets["latency_ms"] if unit == "ms" else budgets["size_bytes"]
-    cost = final["latency_ms"] if unit == "ms" else final["size_bytes"]
-    parts = [f"{metric} {final['value']:.4g} ({final['loss']:+.2%} of float, at most {budgets['loss']:+.2%})"]
-    parts.append(_cost(cost, unit) + (f" (at most {_cost(limit, unit)})" if limit is not None else ""))
-    parts.append(f"{document['cost']['seconds'] / 60:.2f} of {budgets['minutes']:g} minutes")
-    if excess <= 0:
-        return f"feasible: {document['winner']['recipe']}: {', '.join(parts)}"
-    return (
-        f"infeasible, closest is {document['winner']['recipe']}: {', '.join(parts)}; "
-        f"the worse of the two is {excess:.1%} over its budget"
-    )
-
-
-def _cost(value: float, unit: str) -> str:
-    return f"{value:.3f} ms" if unit == "ms" else f"{int(value):,} bytes"
-
-
-def _cost_line(cost: dict[str, Any]) -> str:
-    winner = f", training the winner {cost['winner_seconds']:.0f} s" if "winner_seconds" in cost else ""
-    return (
-        f"the search cost {cost['trial_seconds']:.0f} s of {cost['trials']} trials by {cost['workers']} worker(s)"
-        f"{winner}; {cost['seconds']:.0f} s in all of {cost['budget_seconds']:.0f} s"
-    )

@@ -19,7 +19,8 @@ def test_feasible_prints_one_document(args, tmp_path):
 
 
 def test_infeasible_is_status_4_after_its_result(args, tmp_path):
-    ran = shell(*args, "--accuracy", "1.001", "--latency", 1, "--bandwidth", 50, "--hours", 0.1, "--out", tmp_path / "o")
+    budgets = ("--accuracy", "1.001", "--latency", 1, "--bandwidth", 50, "--hours", 0.1)
+    ran = shell(*args, *budgets, "--out", tmp_path / "o")
     assert ran.status == 4 and "Pareto front of 1 trials" in ran.out and "closest is w4a16-g32" in ran.error
     assert (tmp_path / "o" / "search.json").exists()
 

@@ -87,7 +87,7 @@ def test_two_workers_share_the_work_and_a_killed_one_loses_its_trial_only(tmp_pa
     assert first not in begun
     os.kill(slow.pid, signal.SIGKILL)
     slow.wait()
-    output, _ = quick.communicate(timeout=60)
+    quick.communicate(timeout=60)
     assert quick.returncode == 0
     with opened(folder) as study:
         found = own(study)

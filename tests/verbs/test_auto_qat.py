@@ -20,7 +20,14 @@ def model(tmp_path_factory, tiny_lm):
 
 def searched(model, out, **options):
     settings = api.Settings(batch_size=4)
-    base = dict(eval_data=texts(25, seed=2), space=SPACE, settings=settings, samples=8, context=48, minutes=5)
+    base = {
+        "eval_data": texts(25, seed=2),
+        "space": SPACE,
+        "settings": settings,
+        "samples": 8,
+        "context": 48,
+        "minutes": 5,
+    }
     return api.search(model, texts(60, seed=1), out=out, **{**base, **options})
 
 
