@@ -82,6 +82,7 @@ class Search:
         self.began, self.processor = time.monotonic(), time.process_time()
         self.notes: list[str] = []
         self.kept: tuple[int, Trained] | None = None  # the best trial of this process, with its weights
+        self._kept_cost = 0.0
 
     def search(self) -> Found:
         """Try recipes until time, trials or the space are over.
@@ -212,12 +213,11 @@ class Search:
         """Hold on to the weights of this process's best trial."""
         if trained is None:
             return
+        pairs = [(trained.loss, cost)]
         if self.kept is not None:
-            mine = self.limits.excess(trained.loss, cost) > 0, trained.loss
-            theirs = self.kept[1]
-            if mine >= (self._kept_excess > 0, theirs.loss):
-                return
-        self.kept, self._kept_excess = (number, trained), self.limits.excess(trained.loss, cost)
+            pairs.append((self.kept[1].loss, self._kept_cost))
+        if best(pairs, self.limits) == 0:
+            self.kept, self._kept_cost = (number, trained), cost
 
     def _cost(self, start: Start) -> float:
         """Milliseconds where a latency is asked for, else bytes."""

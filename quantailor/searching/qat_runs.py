@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from quantailor.data.examples import Examples
+from quantailor.evaluate.lm import Reference
 from quantailor.evaluate.run import evaluate, reference_for
 from quantailor.models.prepare import pack_model, prepare, state_of
 from quantailor.progress import Advance, Progress
@@ -76,7 +77,7 @@ class Runs:
         self.settings, self.latency, self.clock = settings, latency, clock
         self.progress = progress or Progress()
         reference = reference_for(model, choosing)
-        self.float_result = getattr(reference, "result", reference)
+        self.float_result = reference.result if isinstance(reference, Reference) else reference
         self.batches, self.notes = self._drawn(samples)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._starts: OrderedDict[str, Start] = OrderedDict()

@@ -206,7 +206,8 @@ class Supernet:
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[: one.depth]
             with torch.random.fork_rng(devices=[]):
-                self._templates[key] = type(self.model)(config).to(self.model.dtype).eval()
+                made: Any = type(self.model)(config)
+                self._templates[key] = made.to(self.model.dtype).eval()
         return self._templates[key]
 
 

@@ -23,6 +23,7 @@ from quantailor.data.examples import Examples
 from quantailor.data.loading import Data, overlap, split
 from quantailor.environment import environment
 from quantailor.errors import QualityGateFailed, UsageError
+from quantailor.evaluate.lm import Reference
 from quantailor.evaluate.result import difference, jsonable
 from quantailor.evaluate.run import evaluate as measure
 from quantailor.evaluate.run import reference_for
@@ -110,7 +111,7 @@ def search(
         latency = None if latency_ms is None else Latency(_batch(choosing, latency_tokens), bandwidth)
         looking = time.monotonic()
         reference = reference_for(source.model, judging)
-        float_result: Result = getattr(reference, "result", reference)
+        float_result: Result = reference.result if isinstance(reference, Reference) else reference
         looked = time.monotonic() - looking
         runs = Runs(
             source.model, train_data, choosing, rules, settings, samples=samples, latency=latency, progress=bars
