@@ -12,6 +12,16 @@ from quantailor.recipe import Keep, Recipe, Rule
 from quantailor.searching.ladder import Goal
 from quantailor.searching.space import Space
 from quantailor.spec import Scheme
+from quantailor.verbs.adapters import (
+    add_adapter,
+    load_adapter,
+    load_base,
+    lora_size,
+    merge,
+    save_adapter,
+    save_base,
+    set_adapter,
+)
 from quantailor.verbs.auto_qat import search
 from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
