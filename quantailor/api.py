@@ -7,6 +7,7 @@ qt.save(model, "out"); print(qt.check("out"))
 
 from quantailor.environment import environment
 from quantailor.nn.lora import LoRA
+from quantailor.points import Points
 from quantailor.qat.settings import Settings
 from quantailor.recipe import Keep, Recipe, Rule
 from quantailor.searching.ladder import Goal
@@ -26,6 +27,7 @@ from quantailor.verbs.auto_qat import search
 from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
 from quantailor.verbs.in_parts import QuantizedFolder, quantize_folder
+from quantailor.verbs.inventory import InventoryReport, inventory
 from quantailor.verbs.judging import adequacy, check, evaluate, generate
 from quantailor.verbs.mixing import Mixed, mixed
 from quantailor.verbs.model import Model, Result, as_model, examples_for, load, pack, probe_of, save
@@ -39,11 +41,13 @@ from quantailor.verbs.training import train, train_folder
 __all__ = [
     "FitResult",
     "Goal",
+    "InventoryReport",
     "Keep",
     "LoRA",
     "Mixed",
     "Model",
     "Plan",
+    "Points",
     "QuantizedFolder",
     "Recipe",
     "Result",
@@ -63,6 +67,7 @@ __all__ = [
     "export",
     "fit",
     "generate",
+    "inventory",
     "load",
     "load_adapter",
     "load_base",

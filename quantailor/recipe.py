@@ -17,6 +17,7 @@ from math import prod
 from typing import Any
 
 from quantailor.errors import UsageError
+from quantailor.points import PointEntry, Points
 from quantailor.spec import PerGroup, Scheme, why_not_convolution
 
 QUANTIZABLE = ("Linear", "Conv1D", "Conv2d", "Embedding")
@@ -95,9 +96,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every module that owns a parameter, in the model's order, each quantized or kept with its reason."""
+    """Every module that owns a parameter, in the model's order, each quantized or kept with its reason.
+
+    `points`: every tensor inside the blocks that could be quantized, where a recipe asks for any of them.
+    """
 
     entries: tuple[Entry, ...]
+    points: tuple[PointEntry, ...] = ()
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -125,16 +130,26 @@ class Inventory:
             f"{len(es):>5} {kind:<18} -> {scheme:<16} {sum(e.num_weights for e in es):>12,} weights   {reason}"
             for (scheme, kind, reason), es in groups.items()
         ]
+        asked: dict[tuple[str, str, str], int] = {}
+        for point in self.points:
+            if point.spec is not None:
+                key = (point.kind, point.point, str(point.spec))
+                asked[key] = asked.get(key, 0) + 1
+        lines += [
+            f"{n:>5} {kind:<18} -> {spec:<16} {'':>12} point     {name}" for (kind, name, spec), n in asked.items()
+        ]
         return "\n".join([*lines, f"      {self.coverage:.1%} of all weights quantized"])
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A default scheme, rules that come before it, and the PTQ method that finds the integers."""
+    """A default scheme, rules that come before it, the PTQ method that finds the integers, and the points inside blocks
+    that are quantized besides (models/prepare.py finds them: it takes a pass of the model)."""
 
     scheme: Scheme
     rules: tuple[Rule, ...] = field(default=())
     method: str = "gptq"
+    points: Points = field(default=Points())
 
     def assign(self, model: Any) -> Inventory:
         """Every module of `model` with its scheme or the reason why it is kept.

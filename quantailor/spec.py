@@ -358,6 +358,9 @@ def _name(scheme: Scheme) -> str:
     """The string of a scheme that has one, else its JSON (which `Scheme.parse` does not take)."""
     if scheme.is_float:
         return "float"
+    if scheme.output is not None and (without := _name(dataclasses.replace(scheme, output=None))) != "float":
+        activations_only = Scheme(Scheme.parse("w8a16").weight, scheme.output)
+        return f"{without}, output {_name(activations_only).removeprefix('w8')}"
     ragged = (
         scheme.weight is None or not isinstance(scheme.weight.granularity, PerGroup) or scheme.weight.granularity.ragged
     )

@@ -11,7 +11,7 @@ import quantailor
 
 PACKAGE = Path(quantailor.__file__).parent
 FLOORS = (
-    ("__init__", "environment", "errors", "spec", "recipe", "progress", "processes"),
+    ("__init__", "environment", "errors", "spec", "points", "recipe", "progress", "processes"),
     ("numerics", "store"),
     ("kernels", "observers"),
     ("nn",),

@@ -36,6 +36,7 @@ def fit(
     samples: o.SamplesOption = 128,
     context: o.ContextOption = 256,
     rule: o.RuleOption = None,
+    point: o.PointOption = None,
     no_ragged: o.NoRaggedOption = False,
     control: Annotated[
         bool, typer.Option("--control", help="also fine-tune the float model for as many steps, and report it")
@@ -75,6 +76,7 @@ def fit(
         eval_data=eval_data,
         goal=goal,
         rules=o.rules(rule),
+        points=o.points(point),
         ragged=not no_ragged,
         context=context,
         overwrite=overwrite,

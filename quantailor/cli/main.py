@@ -25,6 +25,7 @@ from quantailor.cli.evaluate import evaluate
 from quantailor.cli.export import export
 from quantailor.cli.fit import fit
 from quantailor.cli.generate import generate
+from quantailor.cli.inventory import inventory
 from quantailor.cli.lora import merge
 from quantailor.cli.plan import plan
 from quantailor.cli.quantize import quantize
@@ -55,6 +56,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "search": search,
     "sensitivity": sensitivity,
+    "inventory": inventory,
     "generate": generate,
     "calibration": calibration,
     "schemes": schemes,

@@ -43,6 +43,15 @@ RuleOption = Annotated[
         "first match decides; repeatable; @FILE reads a rule a line",
     ),
 ]
+PointOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--point",
+        help="NAME=SPEC: what else is quantized inside the blocks. NAME: scores, kv, norm, gelu (or silu), residual, "
+        "embedding, output (of Linear layers); SPEC: a8 (a scale a token, at each call), a8-static (calibrated), "
+        "a8-learned (calibrated, then trained); 2 to 8 bits; repeatable; `quantailor inventory` shows what they hit",
+    ),
+]
 NoRaggedOption = Annotated[
     bool, typer.Option("--no-ragged", help="refuse a group size that does not divide a layer's inputs")
 ]
@@ -67,6 +76,19 @@ def rules(texts: list[str] | None) -> list[Rule]:
             raise UsageError(f"--rule {text!r} keeps what it hits and names a method; leave one of the two out")
         kept = Keep(f"rule: {text}") if scheme == "keep" else Scheme.parse(scheme)
         result.append(Rule(kept, pattern=pattern, method=method or None))
+    return result
+
+
+def points(texts: list[str] | None) -> dict[str, str]:
+    """`NAME=SPEC`, by name. Raises: UsageError on another form, or a name given twice."""
+    result: dict[str, str] = {}
+    for text in texts or []:
+        name, equals, spec = text.partition("=")
+        if not equals or not name or not spec:
+            raise UsageError(f"--point {text!r} is not NAME=SPEC; an example: norm=a8-static")
+        if name in result:
+            raise UsageError(f"--point {name} is given twice; give it once")
+        result[name] = spec
     return result
 
 

@@ -62,6 +62,7 @@ def train(
     samples: o.SamplesOption = 128,
     context: o.ContextOption = 256,
     rule: o.RuleOption = None,
+    point: o.PointOption = None,
     no_ragged: o.NoRaggedOption = False,
     lora: a.RankOption = None,
     lora_alpha: a.AlphaOption = None,
@@ -149,6 +150,7 @@ def train(
             samples=samples,
             context=context,
             rules=o.rules(rule),
+            points=o.points(point),
             ragged=not no_ragged,
             progress=progress(quiet or distributed.rank() > 0),
         )

@@ -20,6 +20,7 @@ from quantailor.models.prepare import PACKED, SIMULATED
 from quantailor.models.structure import modules_of
 from quantailor.nn.int_forward import float_products
 from quantailor.nn.lora import LoRALinear
+from quantailor.nn.points import POINTS
 from quantailor.numerics.measures import relative_max_difference
 
 Digests = dict[str, dict[str, str]]
@@ -30,7 +31,7 @@ class Parity:
     """`differing`: layers with an unequal integer, scale or zero point, each with what differs.
 
     `max_logit_difference` is relative to the largest logit; `per_layer` the same a layer output, in running order;
-    `top1_equal`: the likeliest class or token is the same everywhere.
+    `top1_equal`: the likeliest class or token is the same everywhere; `points`: how many inside blocks were compared.
     """
 
     layers: int
@@ -40,6 +41,7 @@ class Parity:
     top1_equal: bool
     per_layer: dict[str, float]
     tolerance: float
+    points: int = 0
 
     @property
     def equal(self) -> bool:
@@ -53,6 +55,7 @@ class Parity:
             "max_logit_difference": self.max_logit_difference,
             "differing": [{"layer": name, "what": what} for name, what in self.differing.items()],
             "integers_compared": self.integers,
+            **({"points": self.points} if self.points else {}),
             "top1_equal": self.top1_equal,
             "tolerance": self.tolerance,
             "worst_layer": {"layer": worst[0], "output_difference": worst[1]},
@@ -60,8 +63,14 @@ class Parity:
 
 
 def digests(model: nn.Module) -> Digests:
-    """sha256 of each quantized layer's integers, scales, zero points and static activation scales."""
-    return {name: {part: _sha(t) for part, t in _parts(module).items()} for name, module in _layers(model)}
+    """sha256 of each quantized layer's integers, scales, zero points and static activation scales; of each point inside
+    a block its spec and static scale."""
+    layers = {name: {part: _sha(t) for part, t in _parts(module).items()} for name, module in _layers(model)}
+    return layers | {name: _point(module) for name, module in modules_of(model, POINTS)}
+
+
+def _point(module: Any) -> dict[str, str]:
+    return {"spec": str(module.point)} | ({} if module.spec.dynamic else {"scale": _sha(module.scale)})
 
 
 def num_integers(model: nn.Module) -> int:
@@ -95,15 +104,17 @@ def compare(
     with _outputs(packed) as right:
         packed_logits = _logits(packed, inputs)
     per_layer = {name: relative_max_difference(right[name], left[name]) for name in left if name in right}
-    activations = any(module.scheme.input is not None for _, module in _layers(packed))
+    layers, points = list(_layers(packed)), list(modules_of(packed, POINTS))
+    activations = bool(points) or any(m.scheme.input is not None or m.scheme.output is not None for _, m in layers)
     return Parity(
-        layers=len(found),
+        layers=len(layers),
         integers=num_integers(packed),
         differing=differing(expected if expected is not None else digests(simulated), found),
         max_logit_difference=relative_max_difference(packed_logits, logits),
         top1_equal=bool((packed_logits.argmax(-1) == logits.argmax(-1)).all()),
         per_layer=per_layer,
         tolerance=1e-3 if activations else 1e-5,
+        points=len(points),
     )
 
 
@@ -148,7 +159,7 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     kept: dict[str, Tensor] = {}
     handles = []
-    for name, module in modules_of(model, SIMULATED + PACKED):
+    for name, module in modules_of(model, SIMULATED + PACKED + POINTS):
         handles.append(
             module.register_forward_hook(lambda _m, _a, out, name=name: kept.__setitem__(name, out.detach().float()))
         )

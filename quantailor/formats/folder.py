@@ -30,8 +30,11 @@ from quantailor.evaluate.parity import Digests, digests
 from quantailor.formats import layout, plugin
 from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
 from quantailor.models.prepare import FAKE_QUANT, PACKED, SIMULATED, State, packed_twin, state_of
+from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.packed import PackedWeight
+from quantailor.nn.points import PointQuantizer
 from quantailor.numerics.grids import can_be_negative
+from quantailor.points import PointEntry
 from quantailor.recipe import Entry, Inventory
 from quantailor.spec import Scheme, from_json, to_json
 from quantailor.store.jsonio import read_json, write_json
@@ -138,6 +141,7 @@ def write_rest(
                 {**entry.to_json(), "spec": to_json(entry.scheme) if entry.scheme else None, **_report(state, entry)}
                 for entry in state.inventory
             ],
+            **({"points": [point.to_json() for point in state.inventory.points]} if state.inventory.points else {}),
             "digests": held,
             "details": details or {},
         },
@@ -209,7 +213,12 @@ def stored_tensors(
         if first or tied_to[full] is None:
             result |= {f"{full}.packed.{k}": v for k, v in buffers.items()}
         result |= {f"{full}.{k}": getattr(twin, k) for k in ("input_scale", "output_scale") if hasattr(twin, k)}
-    inside = tuple(f"{full}." for full, _ in found)
+    points = [(_joined(name, n), m) for n, m in root.named_modules() if isinstance(m, PointQuantizer)]
+    for full, point in points:
+        if not point.spec.dynamic:
+            _check_set(full, point)
+            result[f"{full}.scale"] = point.scale
+    inside = tuple(f"{full}." for full, _ in (*found, *points))
     for key_, tensor in root.state_dict(prefix=f"{name}." if name else "").items():
         if not key_.startswith(inside):
             result[key_] = tensor
@@ -227,11 +236,15 @@ def _joined(prefix: str, name: str) -> str:
 
 def _check_calibrated(name: str, module: Any) -> None:
     for quantizer in (module.input_quantizer, module.output_quantizer):
-        if quantizer is not None and not quantizer.spec.dynamic and not bool(quantizer.calibrated):
-            raise QuantailorError(
-                f"{name}: its static activation scale was never calibrated; "
-                "give calibration data, or use dynamic scales"
-            )
+        if quantizer is not None and not quantizer.spec.dynamic:
+            _check_set(name, quantizer)
+
+
+def _check_set(name: str, quantizer: ActivationQuantizer) -> None:
+    if not bool(quantizer.calibrated):
+        raise QuantailorError(
+            f"{name}: its static activation scale was never calibrated; give calibration data, or use dynamic scales"
+        )
 
 
 def write_config(folder: Path, chosen: layout.Format, state: State, own: dict[str, Any]) -> None:
@@ -359,6 +372,7 @@ def _state(receipt: dict[str, Any], folder: Path) -> State:
             )
             for e in receipt["inventory"]
         ]
+        points = tuple(PointEntry.from_json(line) for line in receipt.get("points", []))
         scheme = _scheme(receipt["scheme"], entries)
         if wrong := next((e for e in entries if not _is_sound(e)), None):
             raise TypeError(f"the entry of {wrong.name!r} has a value of the wrong type")
@@ -366,7 +380,7 @@ def _state(receipt: dict[str, Any], folder: Path) -> State:
         raise UntrustedInput(f"{folder / RECEIPT} is damaged: {error}") from error
     layers = {e["name"]: e["report"] for e in receipt["inventory"] if "report" in e}
     return State(
-        scheme, Inventory(tuple(entries)), receipt.get("method", "none"), list(receipt.get("notes", [])), layers
+        scheme, Inventory(tuple(entries), points), receipt.get("method", "none"), list(receipt.get("notes", [])), layers
     )
 
 
@@ -425,11 +439,14 @@ def _check_agreement(config: dict[str, Any], quantization: plugin.QuantailorConf
         if groups != layout.compressed_tensors_config(state.inventory)["config_groups"]:
             raise UntrustedInput(f"config.json quantizes other layers or grids than {RECEIPT} says; use a sound copy")
         return
-    said = {
+    said: dict[str, Any] = {
         name: (from_json(quantization.schemes[layer["scheme"]]), layer["kind"], layer.get("tied_to"))
         for name, layer in quantization.layers.items()
     }
-    kept = {e.name: (e.scheme, e.kind, e.tied_to) for e in state.inventory if e.scheme is not None}
+    kept: dict[str, Any] = {e.name: (e.scheme, e.kind, e.tied_to) for e in state.inventory if e.scheme is not None}
+    points = [PointEntry.from_json(point) for point in quantization.points]
+    said |= {point.name: point for point in points}
+    kept |= {point.name: point for point in state.inventory.points if point.spec is not None}
     for name in {**said, **kept}:
         if said.get(name) != kept.get(name):
             raise UntrustedInput(f"config.json and {RECEIPT} tell different things of {name}; use a sound copy")
@@ -472,6 +489,11 @@ def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tenso
                 )
             if part == "packed.scale_codes" and not bool(tensor.view(torch.float8_e4m3fn).float().isfinite().all()):
                 raise UntrustedInput(f"{name} holds a code that is no number; use a sound copy")
+
+    for point in quantization.points:
+        scale = tensors.get(f"{point['name']}.scale")
+        if scale is not None and (scale.dtype != torch.float32 or not bool((scale > 0).all())):
+            raise UntrustedInput(f"{point['name']}.scale is no positive float32; use a sound copy")
 
 
 def stored_probe(folder: Path, config: Any) -> tuple[dict[str, Tensor], Tensor] | None:

@@ -34,6 +34,8 @@ def why_not_compressed_tensors(inventory: Inventory) -> str | None:
             return f"{entry.name} shares its weight with {entry.tied_to}"
         if reason := _unsayable(entry.scheme, in_features(entry.kind, entry.shape)):
             return f"{entry.name}: {reason}"
+    if point := next((p for p in inventory.points if p.spec is not None), None):
+        return f"{point.name} is a quantized point inside a block"
     return None
 
 

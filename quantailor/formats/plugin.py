@@ -20,21 +20,23 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantailor.errors import UntrustedInput
+from quantailor.errors import UntrustedInput, UsageError
+from quantailor.models.points import install_points
 from quantailor.models.prepare import State
 from quantailor.models.structure import replace
 from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantEmbedding, QuantLinear
+from quantailor.points import PointEntry
 from quantailor.spec import Scheme, from_json, to_json
 
 WEIGHTS_NAME = "quantailor.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: points inside blocks; folders without any say 1, which older readers take
 
 
 class QuantailorConfig(QuantizationConfigMixin):
     """`quantization_config` of our own layout: a scheme a layer, by exact name.
 
     `schemes`: JSON of each scheme; `layers`: name -> {"scheme": index, "kind", "shape" [O, N], "bias", and where they
-    apply "conv", "tied_to"}.
+    apply "conv", "tied_to"}; `points`: the quantized ones, as `PointEntry.to_json` has them.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class QuantailorConfig(QuantizationConfigMixin):
         version: int = FORMAT_VERSION,
         schemes: list[Any] | None = None,
         layers: dict[str, Any] | None = None,
+        points: list[Any] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = "quantailor"  # type: ignore[assignment]
         self.version, self.schemes, self.layers = version, schemes or [], layers or {}
+        self.points = points or []
         if type(version) is not int or version < 1:
             raise UntrustedInput(f"the folder says format version {version!r}, which never was one; it is damaged")
         if version > FORMAT_VERSION:
@@ -86,7 +90,7 @@ def install_packed(model: nn.Module, config: QuantailorConfig, device: str = "me
         _install(model, config, device)
     except UntrustedInput:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, UsageError, ValueError) as error:
         raise UntrustedInput(
             f"quantization_config is damaged ({type(error).__name__}: {error}); use a sound copy"
         ) from error
@@ -123,6 +127,7 @@ def _install(model: nn.Module, config: QuantailorConfig, device: str) -> None:
             new = QuantLinear(scheme, weight, bias)
         replace(model, name, new.train(old.training))
     _untie(model, config)
+    install_points(model, [PointEntry.from_json(point) for point in config.points], packed=True, device=device)
 
 
 def _untie(model: nn.Module, config: QuantailorConfig) -> None:
@@ -203,4 +208,6 @@ def own_config(
         if entry.tied_to is not None:
             layers[entry.name]["tied_to"] = entry.tied_to
     schemes = [to_json(scheme) for scheme in from_scheme]
-    return {"quant_method": "quantailor", "version": FORMAT_VERSION, "schemes": schemes, "layers": layers}
+    points = [point.to_json() for point in state.inventory.points if point.spec is not None]
+    found = {"quant_method": "quantailor", "version": 1, "schemes": schemes, "layers": layers}
+    return {**found, "version": 2, "points": points} if points else found

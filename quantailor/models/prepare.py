@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantailor.errors import UntrustedInput
+from quantailor.models.points import find_points, freeze_static_outputs, install_points, with_outputs
 from quantailor.models.structure import modules_of, replace
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.fake_quant import FakeQuant, fake_quantized
 from quantailor.nn.lora import LoRALinear
 from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantEmbedding, QuantLinear, packed
+from quantailor.nn.points import PackedPoint, PointQuantizer, packed_point, unpacked_point
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.observers.weights import weight_scale
 from quantailor.recipe import Entry, Inventory, Recipe, in_features
@@ -46,20 +48,30 @@ def state_of(model: nn.Module) -> State | None:
     return state if isinstance(state, State) else None
 
 
-def prepare(model: nn.Module, recipe: Recipe) -> State:
-    """Replace every module that the recipe quantizes by its fake-quantized twin, with min-max scales.
+def prepare(model: nn.Module, recipe: Recipe, probe: Mapping[str, Tensor] | None = None) -> State:
+    """Replace every module that the recipe quantizes by its fake-quantized twin, with min-max scales, and hang
+    quantizers on its points.
 
-    Raises: UsageError as `Recipe.assign` does; UntrustedInput where a weight holds NaN or Inf, naming its layer.
+    `probe`: what a model that takes no tokens is watched on, where the recipe has points.
+    Raises: UsageError as `Recipe.assign` and `find_points` do; UntrustedInput where a weight holds NaN or Inf, naming
+    its layer.
     """
-    state = planned(model, recipe)
+    state = planned(model, recipe, probe)
     prepare_layers(model, state.inventory.quantized)
+    device = next((p.device for p in model.parameters()), None)
+    install_points(model, state.inventory.points, device=device)
+    freeze_static_outputs(model, state.inventory.points)
     model.quantailor_state = state  # type: ignore[assignment]
     return state
 
 
-def planned(model: nn.Module, recipe: Recipe) -> State:
-    """What `prepare` will do, from names and shapes alone. Raises: UsageError as `Recipe.assign` does."""
+def planned(model: nn.Module, recipe: Recipe, probe: Mapping[str, Tensor] | None = None) -> State:
+    """What `prepare` will do, from names and shapes alone, and for points from one pass. Raises: UsageError as
+    `Recipe.assign` and `find_points` do."""
     inventory = recipe.assign(model)
+    if recipe.points:
+        points = find_points(model, recipe.points, inventory.entries, probe)
+        inventory = Inventory(with_outputs(inventory.entries, points), points)
     state = State(recipe.scheme, inventory)
     if ragged := [e.name for e in inventory if e.scheme is not None and _is_ragged(e)]:
         state.notes.append(
@@ -98,6 +110,8 @@ def pack_model(model: nn.Module) -> nn.Module:
     done: dict[int, PackedWeight] = {}
     for name, module in list(modules_of(model, SIMULATED)):
         replace(model, name, packed_twin(module, done))
+    for name, point in list(modules_of(model, PointQuantizer)):
+        replace(model, name, packed_point(point))
     return model
 
 
@@ -115,6 +129,10 @@ def unpack_model(model: nn.Module) -> nn.Module:
     weights: dict[int, tuple[nn.Parameter, WeightQuantizer]] = {}
     for name, module in list(modules_of(model, PACKED)):
         replace(model, name, unpacked(module, weights))
+    for name, point in list(modules_of(model, PackedPoint)):
+        replace(model, name, unpacked_point(point))
+    if (state := state_of(model)) is not None:
+        freeze_static_outputs(model, state.inventory.points)
     return model
 
 

@@ -26,6 +26,7 @@ from quantailor.progress import Progress
 from quantailor.ptq import distributed
 from quantailor.ptq.chain import Chain, as_chain
 from quantailor.ptq.method import Finish, Method, OnBlock, OnModel, Refine, Report, Solution
+from quantailor.ptq.points import calibrate_points, switch_off
 from quantailor.ptq.statistics import Statistics, rows_of
 from quantailor.ptq.walk import (
     SOLVED_ON_DATA,
@@ -67,6 +68,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], methods: Methods, prog
     was_training = model.training
     model.eval()
     with (progress or Progress()).task("calibrating", sum(1 for _ in modules_of(model, FAKE_QUANT))) as advance:
+        switch_off(model)
         work = _WholeModel(model, distributed.share(batches), methods, state, advance)
         work.rewrite_model()
         for name, module in modules_of(model, FakeQuantEmbedding):
@@ -81,6 +83,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], methods: Methods, prog
             outside = [n for n in outside if n not in before]
         if inside:
             work.walk(chain)
+        work.points_elsewhere()
         if outside:  # a model without blocks, or a head that a rule quantizes
             work.whole_model(outside)
     model.train(was_training)
@@ -139,6 +142,8 @@ class Calibration:
         inside = {f"{prefix}.{name}": module for name, module in modules_of(block, SOLVED_ON_DATA)}
         runs = [Run(block, hidden, i, call) for i, call in enumerate(calls)]
         self._rewrite_block(block, inside, runs)
+        with in_float(inside.values(), except_for=self.final):
+            calibrate_points(block, runs, self.masks, prefix)
         if float_hidden is None:
             self.solve_units(inside, runs)
             return runs, None
@@ -393,6 +398,11 @@ class _WholeModel(Calibration):
                 if index + 1 < len(named_blocks):
                     hidden[i] = run()
                 calls[i][index].clear()  # what only this block needed is free now
+
+    def points_elsewhere(self) -> None:
+        """Points of blocks that were not walked, by whole passes, before the layers that are solved so."""
+        with in_float([m for _, m in modules_of(self.model, FAKE_QUANT)], except_for=self.final):
+            calibrate_points(self.model, self.runs, self.masks)
 
     def whole_model(self, names: list[str]) -> None:
         """Layers outside the blocks, or a model without blocks: statistics by whole forward passes."""

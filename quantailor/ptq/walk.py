@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.fake_quant import FakeQuantConv2d, FakeQuantLinear
+from quantailor.nn.points import PointQuantizer
 
 SOLVED_ON_DATA = (FakeQuantLinear, FakeQuantConv2d)  # an embedding has no input to take statistics of
 Call = Callable[[], tuple[list[Any], dict[str, Any]]]  # a block's arguments besides what it works on
@@ -88,6 +89,8 @@ def twin_of(block: nn.Module) -> nn.Module:
         for quantizer in (module.weight_quantizer, module.input_quantizer, module.output_quantizer):
             if quantizer is not None:
                 quantizer.enabled = False
+    for _, point in modules_of(twin, PointQuantizer):
+        point.enabled = False
     return twin
 
 

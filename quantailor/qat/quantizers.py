@@ -19,6 +19,7 @@ from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.fake_quant import set_rounded
+from quantailor.nn.points import PointQuantizer
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics import affine, grids
 from quantailor.numerics.grouping import from_groups, to_groups
@@ -189,6 +190,7 @@ class StandIns:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.layers = [(name, m) for name, m in modules_of(model, FAKE_QUANT)]
+        self.learned_points = any(m.point.learned for _, m in modules_of(model, PointQuantizer))
         self.replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self.stopped: list[nn.Parameter] = []
         made: dict[int, nn.Module | None] = {}
@@ -213,7 +215,12 @@ class StandIns:
                 self._stop(new)
 
     def check(self, gradient: str) -> None:
-        """Raises: UsageError where the model has nothing that this gradient is about."""
+        """Raises: UsageError where the model has nothing that this gradient is about, or learns by another."""
+        if gradient in ("ste", "pact") and self.learned_points:
+            raise UsageError(
+                f"points with learned scales learn by LSQ, and gradient={gradient!r} is another; use gradient='lsq', "
+                "or points with -static"
+            )
         if gradient == "pact" and PACTInput not in self.kinds:
             raise UsageError(
                 "gradient='pact' learns where static inputs are clipped, and this scheme has none; use a scheme with "

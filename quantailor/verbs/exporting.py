@@ -119,13 +119,22 @@ def _onnx(folder: Path, model: Model) -> ExportReceipt:
         raise UsageError(f"ONNX needs the package {missing[0]}; install it with: pip install 'quantailor[onnx]'")
     from quantailor.formats import onnx
 
+    _check_points(model, "ONNX")
     assert model.probe is not None
     return onnx.write(folder, model.model, model.tokenizer, model.probe)
 
 
 def _gguf(folder: Path, model: Model) -> ExportReceipt:
+    _check_points(model, "GGUF")
     name = model.parent.get("folder") or "model"
     return gguf.write(model.model, folder / f"{name}.gguf", tokenizer=model.tokenizer, probe=model.probe)
+
+
+def _check_points(model: Model, format: str) -> None:
+    """Raises: UsageError where points inside blocks are quantized, which no graph of this format would do."""
+    points = model.state.inventory.points if model.state else ()
+    if point := next((p for p in points if p.spec is not None), None):
+        raise UsageError(f"{format} has no place for {point.name}, a quantized point inside a block; export as hf")
 
 
 WRITERS: dict[str, Callable[[Path, Model], ExportReceipt]] = {"hf": _hf, "onnx": _onnx, "gguf": _gguf}

@@ -16,6 +16,7 @@ from quantailor.data.loading import Data, overlap, split
 from quantailor.environment import environment
 from quantailor.errors import QualityGateFailed, UsageError
 from quantailor.formats import folder as folders
+from quantailor.models.prepare import planned
 from quantailor.pages.markdown import fit_page
 from quantailor.progress import Progress
 from quantailor.recipe import Recipe, Rule
@@ -33,7 +34,7 @@ from quantailor.verbs.model import (
     fill,
     probe_of,
 )
-from quantailor.verbs.quantizing import recipe_for
+from quantailor.verbs.quantizing import PointsLike, recipe_for
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def fit(
     eval_data: Data | Examples | None = None,
     goal: Goal | None = None,
     rules: Sequence[Rule] = (),
+    points: PointsLike = None,
     ragged: bool = True,
     context: int = 256,
     overwrite: bool = False,
@@ -74,7 +76,7 @@ def fit(
     Raises: UsageError, UntrustedInput as the parts do; QualityGateFailed if the packed model is not the simulated one.
     """
     goal = goal or Goal()
-    recipe = recipe_for(scheme, rules, ragged=ragged)
+    recipe = recipe_for(scheme, rules, ragged=ragged, points=points)
     if recipe.scheme.is_float and not rules:
         raise UsageError("scheme float is the control, not a goal; name one with fewer bits, such as w4a16-g32")
     inputs = [Path(p) for p in (model, data, eval_data) if isinstance(p, str | Path)]
@@ -82,7 +84,8 @@ def fit(
         source = as_model(model)
         if source.state is not None:
             raise UsageError("the model is quantized already; start from its float parent")
-        folders.choose_format(recipe.assign(source.model), format)  # the user's mistakes: before anything is measured
+        planned_for = planned(source.model, recipe).inventory  # the user's mistakes: before anything is measured
+        folders.choose_format(planned_for, format)
         train_data, held_out, notes = _data_for_fit(source, data, eval_data, context, goal)
         notes += _on_calibration(source, recipe, train_data, held_out, goal)
         outcome = Ladder(source.model, recipe, train_data, held_out, goal, progress).climb()

@@ -39,7 +39,7 @@ from quantailor.store.manifest import hash_folder
 from quantailor.store.publish import DiskFull, check_room, is_disk_full, new_folder
 from quantailor.store.work import Work, work_folder
 from quantailor.verbs.model import Model, default_probe, examples_for, fill, probe_of
-from quantailor.verbs.quantizing import WITHOUT_DATA, check_without_data, drawn, quantize, recipe_for_ptq
+from quantailor.verbs.quantizing import WITHOUT_DATA, PointsLike, check_without_data, drawn, quantize, recipe_for_ptq
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def quantize_folder(
     samples: int = 128,
     context: int = 256,
     rules: Sequence[Rule] = (),
+    points: PointsLike = None,
     ragged: bool = True,
     seed: int = 0,
     format: str | None = None,
@@ -83,8 +84,8 @@ def quantize_folder(
         folders.recover(folder)  # a writer may have been killed between its two renames
     if (folder / folders.RECEIPT).exists():
         raise UsageError("the model is quantized already; start from its float parent")
-    recipe = recipe_for_ptq(scheme, rules, method or ("rtn" if data is None else None), ragged, seed)
-    options: dict[str, Any] = {"method": method, "samples": samples, "context": context, "seed": seed}
+    recipe = recipe_for_ptq(scheme, rules, method or ("rtn" if data is None else None), ragged, seed, points)
+    options: dict[str, Any] = {"method": method, "samples": samples, "context": context, "seed": seed, "points": points}
     with ExitStack() as stack:
         place = None
         if distributed.rank() == 0:
@@ -92,6 +93,8 @@ def quantize_folder(
         distributed.barrier()
         work: Work | None = None
         try:
+            if recipe.points:
+                raise NotInParts("points inside blocks are found by watching the whole model")
             skeleton = open_skeleton(folder)
             weights = num_weights(skeleton.model)
             state = planned(skeleton.model, recipe)

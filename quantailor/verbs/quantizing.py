@@ -15,6 +15,7 @@ from quantailor.data.loading import Data
 from quantailor.errors import UsageError
 from quantailor.models.prepare import FAKE_QUANT, State, pack_model, prepare
 from quantailor.models.structure import modules_of
+from quantailor.points import Points, PointSpec
 from quantailor.progress import Progress
 from quantailor.ptq.chain import Chain
 from quantailor.ptq.defaults import one_pass
@@ -23,11 +24,18 @@ from quantailor.recipe import Recipe, Rule
 from quantailor.spec import Scheme
 from quantailor.verbs.model import Model, as_model, examples_for, probe_of
 
+PointsLike = Mapping[str, str | PointSpec] | Points | None
+
 
 def recipe_for(
-    scheme: str | Scheme, rules: Sequence[Rule] = (), *, method: str | None = None, ragged: bool = True
+    scheme: str | Scheme,
+    rules: Sequence[Rule] = (),
+    *,
+    method: str | None = None,
+    ragged: bool = True,
+    points: PointsLike = None,
 ) -> Recipe:
-    """A recipe from what the commands take. Raises: UsageError for an unknown scheme or method."""
+    """A recipe from what the commands take. Raises: UsageError for an unknown scheme, method or point."""
     parsed = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
     for name in (method, *(rule.method for rule in rules)):
         if name is not None:
@@ -38,7 +46,10 @@ def recipe_for(
             dataclasses.replace(r, action=r.action.with_ragged(False)) if isinstance(r.action, Scheme) else r
             for r in rules
         ]
-    return Recipe(parsed, tuple(rules), method or one_pass(parsed))
+    asked = Points.of(points)
+    if asked and parsed.is_float and not rules:
+        raise UsageError(f"points ({asked}) go with a scheme that quantizes weights; w8a16 is the nearest to float")
+    return Recipe(parsed, tuple(rules), method or one_pass(parsed), asked)
 
 
 def quantize(
@@ -50,11 +61,14 @@ def quantize(
     samples: int = 128,
     context: int = 256,
     rules: Sequence[Rule] = (),
+    points: PointsLike = None,
     ragged: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Model:
     """Post-training quantization with one method: the given model is left as it is, a simulated one comes back.
+
+    `points`: what is quantized inside the blocks besides (points.py), such as {"scores": "a8", "norm": "a8-static"}.
 
     `method`: one of `ptq.METHODS`, or a chain such as `smoothquant+gptq`; None: what ptq/defaults.py has for the
     scheme. `data`: calibration samples (`samples` rows are drawn); without data only what needs none (RTN, HQQ), on
@@ -64,7 +78,7 @@ def quantize(
     source = as_model(model)
     if source.state is not None:
         raise UsageError("the model is quantized already; start from its float parent")
-    recipe = recipe_for_ptq(scheme, rules, method or ("rtn" if data is None else None), ragged, seed)
+    recipe = recipe_for_ptq(scheme, rules, method or ("rtn" if data is None else None), ragged, seed, points)
     copied = dataclasses.replace(source, model=copy.deepcopy(source.model), notes=list(source.notes))
     state = prepare(copied.model, recipe)
     state.method = recipe.method
@@ -85,10 +99,17 @@ def quantize(
 WITHOUT_DATA = "quantized without data: every input channel counted alike"
 
 
-def recipe_for_ptq(scheme: str | Scheme, rules: Sequence[Rule], method: str | None, ragged: bool, seed: int) -> Recipe:
+def recipe_for_ptq(
+    scheme: str | Scheme,
+    rules: Sequence[Rule],
+    method: str | None,
+    ragged: bool,
+    seed: int,
+    points: PointsLike = None,
+) -> Recipe:
     if not 0 <= seed < 2**31:
         raise UsageError(f"seed={seed} must be 0 or more and below 2^31")
-    recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
+    recipe = recipe_for(scheme, rules, method=method, ragged=ragged, points=points)
     if recipe.scheme.is_float and not rules:
         raise UsageError("scheme float quantizes nothing; use `train` with it, or another scheme")
     return recipe
@@ -97,6 +118,11 @@ def recipe_for_ptq(scheme: str | Scheme, rules: Sequence[Rule], method: str | No
 def check_without_data(state: State, chain: Callable[[str], Chain]) -> None:
     """Raises: UsageError if a method or a static range needs data."""
     static = state.scheme.input is not None and not state.scheme.input.dynamic
+    if point := next((p for p in state.inventory.points if p.spec is not None and not p.spec.quant.dynamic), None):
+        raise UsageError(
+            f"point {point.point}={point.spec} needs calibration data; give --data, or use a scale found at each call: "
+            f"{point.point}=a{point.spec.quant.grid.bits}"  # type: ignore[union-attr]
+        )
     if any(chain(e.name).needs_data for e in state.inventory if e.scheme) or static:
         raise UsageError(
             f"{state.method} at {state.scheme} needs calibration data; give --data, "
@@ -117,6 +143,7 @@ def quantize_module(
     *,
     method: str | None = None,
     rules: Sequence[Rule] = (),
+    points: PointsLike = None,
     ragged: bool = True,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -125,9 +152,9 @@ def quantize_module(
     `batches`: keyword arguments of `module.forward`, one mapping a call. `pack_module` makes integers of the result;
     `quantailor_state` on it is the inventory. Raises: UsageError, UntrustedInput as the parts do.
     """
-    recipe = recipe_for(scheme, rules, method=method, ragged=ragged)
+    recipe = recipe_for(scheme, rules, method=method, ragged=ragged, points=points)
     copied = copy.deepcopy(module)
-    state = prepare(copied, recipe)
+    state = prepare(copied, recipe, batches[0] if batches else None)
     state.method = recipe.method
     calibrate(copied, batches, methods_of(state, recipe.method), progress)
     return copied

@@ -48,7 +48,7 @@ from quantailor.verbs.lora_training import (
     size_of_adapter,
 )
 from quantailor.verbs.model import Model, as_model, check_comparable, examples_for, fill, load, probe_of
-from quantailor.verbs.quantizing import quantize
+from quantailor.verbs.quantizing import PointsLike, quantize
 
 
 def train(
@@ -63,6 +63,7 @@ def train(
     samples: int = 128,
     context: int = 256,
     rules: Sequence[Rule] = (),
+    points: PointsLike = None,
     ragged: bool = True,
     progress: Progress | None = None,
     work: str | Path | None = None,
@@ -93,6 +94,7 @@ def train(
             samples,
             context,
             rules,
+            points,
             ragged,
             progress,
             None if work is None else Path(work),
@@ -147,6 +149,7 @@ def _train(
     samples: int,
     context: int,
     rules: Sequence[Rule],
+    points: PointsLike,
     ragged: bool,
     progress: Progress | None,
     folder: Path | None,
@@ -159,6 +162,8 @@ def _train(
     )
     if source.state is None and parsed is None:
         raise UsageError("the model is float: name a scheme to train for, or `float` for a plain fine-tune")
+    if points and (parsed is None or parsed.is_float):
+        raise UsageError("points go with a scheme that quantizes weights; w8a16 is the nearest to float")
     if source.state is not None and parsed is not None:
         raise UsageError(
             f"the model is quantized already ({source.state.scheme}); leave the scheme out to train it further"
@@ -195,6 +200,7 @@ def _train(
             data=train_data,
             samples=samples,
             rules=rules,
+            points=points,
             ragged=ragged,
             seed=settings.seed,
             progress=progress,
@@ -270,11 +276,13 @@ def _config(
 ) -> dict[str, Any]:
     """What a run is. Another model, other integers of PTQ, data, settings, versions or processes are another run."""
     versions = {name: value for name, value in environment().items() if name != "threads"}
+    points = [p for p in started.state.inventory.points if p.spec] if started.state else []
     return {
         "start": fingerprint(started.model),
         "teacher": fingerprint(reference.model) if reference else None,
         "training data": train_data.fingerprint,
         "evaluation data": held_out.fingerprint,
+        **({"points": [p.to_json() for p in points]} if points else {}),
         "task": started.task,
         "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name != "checkpoint_every"},
         "processes": distributed.world(),
