@@ -127,9 +127,10 @@ def make_point(name: str, spec: PointSpec, device: torch.device | str | None, pa
 def packed_point(source: PointQuantizer) -> PackedPoint:
     """The packed twin."""
     device = None if source.spec.dynamic else source.base_scale.device
-    twin = (PackedScore if isinstance(source, ScoreQuantizer) else PackedPoint)(source.point, device, source.transposed)
-    if not source.spec.dynamic:
-        dict(twin.named_buffers())["scale"].copy_(source.scale)
+    kind = PackedScore if isinstance(source, ScoreQuantizer) else PackedPoint
+    twin: PackedPoint = kind(source.point, device, source.transposed)
+    for scale in twin.buffers():
+        scale.copy_(source.scale)
     return twin.train(source.training)
 
 
