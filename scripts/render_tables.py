@@ -176,6 +176,22 @@ def step_table() -> str:
     return "\n".join(lines)
 
 
+def points_table() -> str:
+    """Each class of points on alone, and left out of all of them."""
+    data = read("points")
+    head = "| points beside w8a8 | accuracy | same class as float | KL | change of KL | against | change of accuracy |"
+    lines = [head, "|---|---:|---:|---:|---|---|---|"]
+    for row in data["cells"]:
+        spans = []
+        for metric, form in (("kl", "{:+.5f} ({:+.5f} to {:+.5f})"), ("accuracy", "{:+.4f} ({:+.4f} to {:+.4f})")):
+            span = row["change"][metric]
+            spans.append("–" if row["cell"] == "base" else form.format(span["value"], *span["interval"]))
+        against = "–" if row["cell"] == "base" else row["against"]
+        cells = (f"{row['accuracy']:.4f}", f"{row['agreement']:.2%}", f"{row['kl']:.5f}", spans[0], against, spans[1])
+        lines.append(f"| {row['cell']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = {
         "demo": lambda: "```\n" + table(read("demo")) + "\n```",
@@ -188,6 +204,7 @@ def main() -> None:
         "step": step_table,
         "ptq512": absolute_table,
         "cost": cost_table,
+        "points": points_table,
     }
     for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md"):
         path = ROOT / page

@@ -23,6 +23,7 @@ def run(code: list[str], folder: Path) -> str:
         ("mixed_by_rule", [], "with rules: perplexity"),
         ("rescue_two_bits", ["6"], "QAT"),
         ("cnn_w8a8", [], "w8a8-static: 9"),
+        ("inside_block", [], "'equal': True"),
     ],
 )
 def test_example(name, arguments, expected, tmp_path):
@@ -38,5 +39,5 @@ def test_readme_block(page, tmp_path):
 
 
 def test_all_examples_are_run():
-    run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8"}
+    run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8", "inside_block"}
     assert {p.stem for p in (ROOT / "examples").glob("*.py")} == run
