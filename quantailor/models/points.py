@@ -305,9 +305,16 @@ def with_outputs(entries: Sequence[Entry], points: Sequence[PointEntry]) -> tupl
             return entry.scheme
         return Scheme(entry.scheme.weight, entry.scheme.input, specs[entry.name])
 
-    return tuple(
-        Entry(**{**vars(entry), "scheme": scheme(entry)}) if entry.name in specs else entry for entry in entries
-    )
+    return tuple(dataclasses.replace(entry, scheme=scheme(entry)) for entry in entries)
+
+
+_SLOTS = {
+    "scores": ("score_point",),
+    "kv": ("key_point", "value_point"),
+    "norm": ("output_point",),
+    "gelu": ("output_point",),
+    "embedding": ("embedding_point",),
+}
 
 
 def install_points(
@@ -322,6 +329,8 @@ def install_points(
         assert entry.spec is not None
         quantizer = make_point(entry.name, entry.spec, device, packed)
         at, _, slot = entry.name.rpartition(".")
+        if slot not in _SLOTS.get(entry.point, (slot,)):
+            raise AttributeError(f"{entry.name} is no place of a {entry.point}")
         if entry.point == "residual":
             block = model.get_submodule(at.rpartition(".")[0])
             if not hasattr(block, "residual_points"):

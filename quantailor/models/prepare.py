@@ -73,6 +73,10 @@ def planned(model: nn.Module, recipe: Recipe, probe: Mapping[str, Tensor] | None
         points = find_points(model, recipe.points, inventory.entries, probe)
         inventory = Inventory(with_outputs(inventory.entries, points), points)
     state = State(recipe.scheme, inventory)
+    if recipe.points.scores or recipe.points.kv:
+        state.notes.append(
+            "scores, keys and values are quantized in our own attention function, which holds the probabilities whole"
+        )
     if ragged := [e.name for e in inventory if e.scheme is not None and _is_ragged(e)]:
         state.notes.append(
             f"{len(ragged)} layers have a shorter last group (input size no multiple of the group): {_some(ragged)}"

@@ -148,4 +148,5 @@ def unpacked_point(source: PackedPoint) -> PointQuantizer:
 
 def quantize_output(module: nn.Module, _args: Any, output: Any) -> Any:
     """The hook of norms and activations: what hangs on the module as `output_point` sees its output."""
-    return module.output_point(output)
+    point: Any = module.output_point
+    return point(output)

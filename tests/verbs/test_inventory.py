@@ -112,6 +112,7 @@ def test_damaged_points_are_refused(folder, tmp_path):
         "lost": {"tensors": lambda held: held.pop("model.layers.0.self_attn.key_point.scale")},
         "fewer": {"config": lambda c: c["quantization_config"]["points"].pop()},
         "elsewhere": {"config": put("model.layers.7.score_point", "quantization_config", "points", 0, "name")},
+        "no slot": {"config": put("model.layers.0.self_attn.other", "quantization_config", "points", 0, "name")},
         "bits": {"receipt": lambda r: r["points"][0]["spec"].update(extra=1)},
         "later": {"config": put(3, "quantization_config", "version")},
     }  # fmt: skip
