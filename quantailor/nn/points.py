@@ -82,7 +82,10 @@ def visible_integers(x: Tensor, visible: Tensor, grid: Any) -> IntegerInput:
 
 
 class PackedPoint(nn.Module):
-    """What is served in a point's place: to integers and back, without a gradient. Buffer `scale` [1] if static."""
+    """What is served in a point's place: to integers and back. Buffer `scale` [1] if static.
+
+    The gradient passes as if nothing were there: adapters train on a packed base.
+    """
 
     def __init__(self, spec: PointSpec, device: torch.device | str | None = None, transposed: bool = False) -> None:
         super().__init__()
@@ -90,12 +93,13 @@ class PackedPoint(nn.Module):
         if not spec.quant.dynamic:
             self.register_buffer("scale", torch.ones(1, device=device))
 
+    @torch.no_grad()
     def integers(self, x: Tensor) -> IntegerInput:
         """What a kernel or a cache would hold of `x` [..., N]."""
         return quantize_activation(x, self.spec, getattr(self, "scale", None))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.integers(x).dequantize().to(x.dtype)
+        return affine.straight_through(x, self.integers(x).dequantize().to(x.dtype))
 
     def extra_repr(self) -> str:
         return str(self.point)
@@ -108,7 +112,7 @@ class PackedScore(PackedPoint):
         """`visible`: boolean, broadcastable to `x`."""
         if visible is None or not self.spec.dynamic:
             return super().forward(x)
-        return visible_integers(x, visible, self.spec.grid).dequantize().to(x.dtype)
+        return affine.straight_through(x, visible_integers(x, visible, self.spec.grid).dequantize().to(x.dtype))
 
 
 POINTS = (PointQuantizer, PackedPoint)

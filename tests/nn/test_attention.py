@@ -123,6 +123,10 @@ def test_what_is_hidden_moves_no_scale_and_the_packed_twin_agrees():
     assert torch.equal(simulated(wild, visible)[visible.expand_as(wild)], expected[visible.expand_as(wild)])
     assert torch.equal(packed(scores, visible), expected)
     assert torch.equal(packed(scores), simulated(scores))
+    for quantizer in (simulated, packed):  # adapters train on a packed base
+        leaf = scores.clone().requires_grad_()
+        quantizer(leaf, visible).sum().backward()
+        assert torch.equal(leaf.grad, torch.ones_like(leaf))
 
 
 def small(points, make=zoo.llama):
