@@ -101,10 +101,12 @@ class PerChannel:
 @dataclass(frozen=True)
 class PerGroup:
     """One scale for each run of `size` elements along the input, of an output row of a weight or of a row of
-    activations; the last run of a row may be shorter if `ragged`."""
+    activations; the last run of a row may be shorter if `ragged`. `indexed`: which group each input of a weight is in
+    is listed beside it (act-order of GPTQ, arXiv:2210.17323); only read from others' files, never chosen."""
 
     size: int
     ragged: bool = True
+    indexed: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -162,6 +164,11 @@ class QuantSpec:
     def group_size(self) -> int | None:
         return self.granularity.size if isinstance(self.granularity, PerGroup) else None
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether a list says which group an input is in."""
+        return isinstance(self.granularity, PerGroup) and self.granularity.indexed
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -174,6 +181,13 @@ class Scheme:
     def __post_init__(self) -> None:
         if any(spec is not None and spec.outliers is not None for spec in (self.weight, self.output)):
             raise UsageError("outliers are columns of an input; weights and outputs have none: leave it out there")
+        if any(spec is not None and spec.is_indexed for spec in (self.input, self.output)):
+            raise UsageError("a list of groups is a weight's alone; leave indexed out for inputs and outputs")
+        if self.weight is not None and self.weight.is_indexed and self.input is not None:
+            raise UsageError(
+                "groups in act-order do not meet quantized inputs: an integer sum needs its group in one run; "
+                "leave the inputs in float"
+            )
         mine, theirs = (spec.group_size if spec else None for spec in (self.weight, self.input))
         if mine is not None and theirs is not None and mine != theirs:
             raise UsageError(
@@ -361,10 +375,11 @@ def _name(scheme: Scheme) -> str:
     if scheme.output is not None and (without := _name(dataclasses.replace(scheme, output=None))) != "float":
         activations_only = Scheme(Scheme.parse("w8a16").weight, scheme.output)
         return f"{without}, output {_name(activations_only).removeprefix('w8')}"
-    ragged = (
-        scheme.weight is None or not isinstance(scheme.weight.granularity, PerGroup) or scheme.weight.granularity.ragged
-    )
     weight, activations = scheme.weight, scheme.input
+    suffix = ""
+    if weight is not None and isinstance(weight.granularity, PerGroup):
+        suffix += " (no ragged group)" if not weight.granularity.ragged else ""
+        suffix += " (act-order)" if weight.granularity.indexed else ""
     if weight is not None:
         text = ""
         if isinstance(weight.grid, NF4):
@@ -378,9 +393,17 @@ def _name(scheme: Scheme) -> str:
                 text += "-asym"
             text += "-balanced" if isinstance(weight.grid, Balanced) else ""
             text += _activation_suffix(activations) if activations else ""
-        if _means(text, scheme.with_ragged(True)):
-            return text if ragged else text + " (no ragged group)"
+        if _means(text, _plain(scheme)):
+            return text + suffix
     return str(to_json(scheme))
+
+
+def _plain(scheme: Scheme) -> Scheme:
+    """The scheme without what no string names: a refused ragged group, a list of groups."""
+    if scheme.weight is None or not isinstance(scheme.weight.granularity, PerGroup):
+        return scheme
+    granularity = PerGroup(scheme.weight.granularity.size)
+    return dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, granularity=granularity))
 
 
 def _activation_suffix(spec: QuantSpec) -> str:
@@ -410,7 +433,7 @@ def to_json(value: Any) -> Any:
     so that readers that do not know of it take them as before."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        rare = {"outliers": None, "percentile": 99.99}
+        rare = {"outliers": None, "percentile": 99.99, "indexed": False}
         kept = {k: to_json(v) for k, v in fields.items() if not (k in rare and v == rare[k])}
         return {"is": type(value).__name__, **kept}
     return value

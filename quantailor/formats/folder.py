@@ -286,11 +286,11 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     task = task_of(inner)
     if task is None:
         raise UntrustedInput(f"{folder}: config.json names no architecture for language modelling or classification")
-    stored = _read_tensors(files.weight_files)
+    stored = read_tensors(files.weight_files)
     try:
         quantization, state_dict = _own_names(files.config, state, stored, own)
         _check_agreement(files.config, quantization, state, own)
-        _check_grids(quantization, state_dict)
+        check_grids(quantization, state_dict)
     except UntrustedInput as error:
         raise UntrustedInput(f"{folder}: {error}") from error
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -306,31 +306,15 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
         with torch.device("meta"):
             plugin.install_packed(skeleton := architecture(config), quantization)
         check_shapes(folder, skeleton, {name: tensor.shape for name, tensor in state_dict.items()})
-        model, info = architecture.from_pretrained(
-            None,
-            config=config,
-            state_dict=state_dict,
-            dtype=config.dtype or torch.float32,
-            ignore_mismatched_sizes=True,  # an error below, where the tensor is named
-            output_loading_info=True,
-        )
+        model = plugin.assembled(architecture, config, state_dict, folder)
     except UntrustedInput as error:
         raise error if str(folder) in str(error) else UntrustedInput(f"{folder}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UntrustedInput(f"{folder} does not load: {first}") from error
-    for kind, keys in (
-        ("lacks", info["missing_keys"]),
-        ("has", info["unexpected_keys"]),
-        ("misshapes", [key for key, *_ in info.get("mismatched_keys") or []]),
-    ):
-        if keys:
-            raise UntrustedInput(f"{folder} {kind} tensor {sorted(keys)[0]}, against its config.json; use a sound copy")
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # its marks would keep Trainer from training it further
     model.quantailor_state = state
     return Folder(
-        model.eval(),
+        model,
         load_tokenizer(folder),
         task,
         state,
@@ -399,7 +383,8 @@ def _scheme(text: str, entries: list[Entry]) -> Scheme:
         return max(used, key=used.count) if used else Scheme()
 
 
-def _read_tensors(paths: tuple[Path, ...]) -> dict[str, Tensor]:
+def read_tensors(paths: tuple[Path, ...]) -> dict[str, Tensor]:
+    """Every tensor of some safetensors files, by name. Raises: UntrustedInput if one cannot be read."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
@@ -457,6 +442,7 @@ _DTYPES = {
     "packed.words": torch.int32,
     "packed.zero_point": torch.uint8,
     "packed.scale_codes": torch.uint8,
+    "packed.group_index": torch.int32,
     "packed.scale": torch.float32,
     "packed.scale_second": torch.float32,
     "packed.scale_mean": torch.float32,
@@ -466,7 +452,7 @@ _DTYPES = {
 _SCALES = ("packed.scale", "packed.scale_second", "input_scale", "output_scale")
 
 
-def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tensor]) -> None:
+def check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tensor]) -> None:
     """Types are those that are written, scales as their grid has them, zero points on it. All are finite already."""
     for layer, settings in quantization.layers.items():
         spec = from_json(quantization.schemes[settings["scheme"]]).weight
@@ -487,6 +473,8 @@ def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tenso
                 raise UntrustedInput(
                     f"{name} holds {int(tensor.max())}, outside its grid of {bits} bits; use a sound copy"
                 )
+            if part == "packed.group_index" and not _names_groups(tensor, tensors.get(f"{layer}.packed.scale")):
+                raise UntrustedInput(f"{name} lists groups that the layer has not; use a sound copy")
             if part == "packed.scale_codes" and not bool(tensor.view(torch.float8_e4m3fn).float().isfinite().all()):
                 raise UntrustedInput(f"{name} holds a code that is no number; use a sound copy")
 
@@ -494,6 +482,13 @@ def _check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tenso
         scale = tensors.get(f"{point['name']}.scale")
         if scale is not None and (scale.dtype != torch.float32 or not bool((scale > 0).all())):
             raise UntrustedInput(f"{point['name']}.scale is no positive float32; use a sound copy")
+
+
+def _names_groups(index: Tensor, scale: Tensor | None) -> bool:
+    """Whether a list of groups [N] names only columns of `scale` [O, G]."""
+    if scale is None or scale.dim() != 2 or index.numel() == 0:
+        return False
+    return int(index.min()) >= 0 and int(index.max()) < scale.shape[1]
 
 
 def stored_probe(folder: Path, config: Any) -> tuple[dict[str, Tensor], Tensor] | None:

@@ -46,6 +46,11 @@ def why_not(scheme: Scheme, length: int) -> str | None:
         return "binary levels are half steps, and blocks hold whole ones; the nearest is w2a16-g32"
     if isinstance(grid, Int) and not grid.symmetric and bits > 4:
         return f"only blocks of 4 bits have an offset, not of {bits}; the nearest are w8a16-g32 and w4a16-g32-asym"
+    if weight.is_indexed:
+        return (
+            "its groups are in act-order, and a block's 32 weights lie side by side; the nearest that works is "
+            f"w{bits}a16-g{max(1, round((size or BLOCK) / BLOCK)) * BLOCK}, from the float model"
+        )
     if size is not None and size < length and size % BLOCK:
         return (
             f"groups of {size} weights do not fill blocks of {BLOCK}; the nearest that works is "

@@ -48,6 +48,8 @@ def _unsayable(scheme: Scheme, length: int) -> str | None:
         return f"its grid {grid} is not symmetric with 2, 4 or 8 bits"
     if not isinstance(weight.granularity, PerChannel | PerGroup):
         return "its scale is per tensor"
+    if weight.is_indexed:
+        return "its groups are in act-order, which compressed-tensors reads no more since 0.18"
     if isinstance(weight.granularity, PerGroup) and length % weight.granularity.size:
         return f"groups of {weight.granularity.size} leave a shorter last one of {length} inputs"
     if activations is not None and activations.outliers is not None:

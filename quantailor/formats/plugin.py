@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -135,6 +135,32 @@ def _untie(model: nn.Module, config: QuantailorConfig) -> None:
     gone = {f"{name}.weight" for name in config.layers}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     model.all_tied_weights_keys = {k: v for k, v in tied.items() if k not in gone and v not in gone}  # type: ignore[assignment]
+
+
+def assembled(architecture: Any, config: Any, tensors: dict[str, Tensor], where: object) -> Any:
+    """A model of class `architecture` whose `config` holds our quantization_config, from all of its tensors, in eval
+    mode and without marks that would keep Trainer from training it further.
+
+    `where`: what an error names. Raises: UntrustedInput where a tensor is missing, too many or of another shape.
+    """
+    model, info = architecture.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=config.dtype or torch.float32,
+        ignore_mismatched_sizes=True,  # an error below, where the tensor is named
+        output_loading_info=True,
+    )
+    for kind, keys in (
+        ("lacks", info["missing_keys"]),
+        ("has", info["unexpected_keys"]),
+        ("misshapes", [key for key, *_ in info.get("mismatched_keys") or []]),
+    ):
+        if keys:
+            raise UntrustedInput(f"{where} {kind} tensor {sorted(keys)[0]}, against its config.json; use a sound copy")
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.eval()
 
 
 class _Wrapper(PreTrainedConfig):

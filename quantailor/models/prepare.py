@@ -174,6 +174,8 @@ def unpacked(
         twin.weight_quantizer.base_scale.copy_(store.scales().unsqueeze(-1))
         if isinstance(zero_point, torch.Tensor):
             twin.weight_quantizer.zero_point.copy_(zero_point.unsqueeze(-1))
+        if store.spec.is_indexed:
+            twin.weight_quantizer.group_index.copy_(store.group_index)  # type: ignore[operator,arg-type]
         weights[id(store)] = (parameter, twin.weight_quantizer)
     else:
         twin.weight_quantizer = quantizer

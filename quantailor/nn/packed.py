@@ -20,7 +20,7 @@ from quantailor.nn.int_forward import output_dtype
 from quantailor.nn.recompute import frozen_linear
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics import grids, nf4
-from quantailor.numerics.grouping import from_groups, num_groups, to_groups
+from quantailor.numerics.grouping import from_groups, num_groups, per_element, to_groups
 from quantailor.numerics.packing import pack, unpack, words_per_row
 from quantailor.spec import NF4, Int, PerTensor, QuantSpec, Scheme
 
@@ -30,7 +30,8 @@ class PackedWeight(nn.Module):
 
     Buffers: `q` int8 [O, N] at 8 symmetric bits, else `words` int32 [O, ceil(N * bits / 32)] (numerics/packing.py);
     `scale` float32 [O, G] ([1, 1] per tensor), or with double quantization `scale_codes` uint8 [O, G],
-    `scale_second` [ceil(O * G / 256)] and `scale_mean` [1]; `zero_point` uint8 [O, G] on asymmetric grids.
+    `scale_second` [ceil(O * G / 256)] and `scale_mean` [1]; `zero_point` uint8 [O, G] on asymmetric grids;
+    `group_index` int32 [N], the group of each input, where the spec is indexed.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class PackedWeight(nn.Module):
             self._empty("scale", (rows, groups), torch.float32, device)
         if self.is_asymmetric:
             self._empty("zero_point", (rows, groups), torch.uint8, device)
+        if spec.is_indexed:
+            self._empty("group_index", (in_features,), torch.int32, device)
 
     def _empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
@@ -81,6 +84,8 @@ class PackedWeight(nn.Module):
             buffers["scale"].copy_(scale_OG1.squeeze(-1))
         if self.is_asymmetric:
             buffers["zero_point"].copy_(zero_point_OG1.squeeze(-1))
+        if self.spec.is_indexed:
+            buffers["group_index"].copy_(quantizer.group_index)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def fill(self, q_ON: Tensor, like: PackedWeight, scale: Tensor) -> None:
@@ -137,10 +142,21 @@ class PackedWeight(nn.Module):
         if rows is not None and scale.shape[0] != 1:
             scale = scale[rows]
             zero_point = zero_point[rows] if isinstance(zero_point, Tensor) else zero_point
+        q = self.integers(rows)
+        if self.spec.is_indexed:
+            index: Tensor = self.group_index  # type: ignore[assignment]
+            zero_point = zero_point[:, index] if isinstance(zero_point, Tensor) else zero_point
+            return grids.decode(q, scale[:, index], zero_point, self.spec.grid)
         if isinstance(zero_point, Tensor):
             zero_point = zero_point.unsqueeze(-1)
-        q = to_groups(self.integers(rows), self.spec.group_size)
+        q = to_groups(q, self.spec.group_size)
         return from_groups(grids.decode(q, scale.unsqueeze(-1), zero_point, self.spec.grid), self.in_features)
+
+    def of_elements(self, value_OG: Tensor) -> Tensor:
+        """[O, G] -> [O, N]: each group's value at each of its elements."""
+        if self.spec.is_indexed:
+            return value_OG[:, self.group_index]  # type: ignore[index]
+        return per_element(value_OG, self.in_features, self.spec.group_size)
 
     def shift(self) -> Tensor | None:
         """offset - zero_point, [O, G]; None where both are zero. Not for NF4, whose levels are no integers."""

@@ -47,6 +47,8 @@ class WeightQuantizer(nn.Module):
                 blocks = -(-shape[0] * shape[1] // nf4.SECOND_BLOCK)
                 self.register_buffer("scale_second", torch.ones(blocks, device=device))
                 self.register_buffer("scale_mean", torch.zeros(1, device=device))
+        if spec.is_indexed:
+            self.register_buffer("group_index", torch.zeros(in_features, dtype=torch.int32, device=device))
         self.enabled = True
         per_scale = in_features if spec.group_size is None else min(spec.group_size, in_features)
         per_scale *= out_features if isinstance(spec.granularity, PerTensor) else 1
@@ -63,8 +65,8 @@ class WeightQuantizer(nn.Module):
 
     @property
     def grid(self) -> WeightGrid | None:
-        """The grid as the one-pass kernels take it; None for NF4 and where integers do not fit int8."""
-        if not has_integer_product(self.spec.grid):
+        """The grid as the one-pass kernels take it; None for NF4, groups that a list names, and where integers do not fit int8."""
+        if not has_integer_product(self.spec.grid) or self.spec.is_indexed:
             return None
         qmin, qmax, offset = grids.limits(self.spec.grid)
         stretch = 0.0 if isinstance(self.spec.grid, Int) else 0.5
@@ -119,8 +121,8 @@ class WeightQuantizer(nn.Module):
             return weight_ON
         if self.grid is not None:
             return fake_quantized_weight(weight_ON, self.scale_OG, self.zero_point_OG, self.grid)
-        w = to_groups(weight_ON.float(), self.spec.group_size)
-        w_hat = grids.fake_quantize(w, self.scale, self.zero_point, self.spec.grid, self.g)
+        w = self._groups(weight_ON.float())
+        w_hat = grids.fake_quantize(w, *self._grid_of_groups(self.scale, self.zero_point), self.spec.grid, self.g)
         return from_groups(w_hat, self.in_features).to(weight_ON.dtype)
 
     def rows(self, weight_ON: Tensor, index: Tensor) -> Tensor:
@@ -129,21 +131,33 @@ class WeightQuantizer(nn.Module):
             return weight_ON[index]
         flat = index.flatten()
         scale, zero_point = (t if t.shape[0] == 1 else t[flat] for t in (self.scale, self.zero_point))
-        w = to_groups(weight_ON[flat].float(), self.spec.group_size)
-        w_hat = grids.fake_quantize(w, scale, zero_point, self.spec.grid, self.g)
+        w = self._groups(weight_ON[flat].float())
+        w_hat = grids.fake_quantize(w, *self._grid_of_groups(scale, zero_point), self.spec.grid, self.g)
         return from_groups(w_hat, self.in_features).to(weight_ON.dtype).unflatten(0, index.shape)
 
     @torch.no_grad()
     def integers(self, weight_ON: Tensor) -> Tensor:
         """The grid's integers, int8 [O, N] (uint8 for 8 asymmetric bits)."""
-        w = to_groups(weight_ON.float(), self.spec.group_size)
-        return from_groups(grids.encode(w, self.scale, self.zero_point, self.spec.grid), self.in_features)
+        w = self._groups(weight_ON.float())
+        scale, zero_point = self._grid_of_groups(self.scale, self.zero_point)
+        return from_groups(grids.encode(w, scale, zero_point, self.spec.grid), self.in_features)
 
     @torch.no_grad()
     def dequantize(self, q_ON: Tensor) -> Tensor:
         """Integers [O, N] -> float32 [O, N]."""
-        q = to_groups(q_ON, self.spec.group_size)
-        return from_groups(grids.decode(q, self.scale, self.zero_point, self.spec.grid), self.in_features)
+        scale, zero_point = self._grid_of_groups(self.scale, self.zero_point)
+        return from_groups(grids.decode(self._groups(q_ON), scale, zero_point, self.spec.grid), self.in_features)
+
+    def _groups(self, x_ON: Tensor) -> Tensor:
+        """[O, N] -> [O, G, g], or one by one, [O, N, 1], where a list says which group each is in."""
+        return x_ON.unsqueeze(-1) if self.spec.is_indexed else to_groups(x_ON, self.spec.group_size)
+
+    def _grid_of_groups(self, *values_OG1: Tensor) -> tuple[Tensor, ...]:
+        """Scales and zero points as `_groups` meets them."""
+        if not self.spec.is_indexed:
+            return values_OG1
+        index: Tensor = self.group_index  # type: ignore[assignment]
+        return tuple(value[:, index] for value in values_OG1)
 
     @torch.no_grad()
     def shadow(self, weight_ON: Tensor, q_ON: Tensor) -> Tensor:
@@ -156,13 +170,14 @@ class WeightQuantizer(nn.Module):
         if isinstance(self.spec.grid, NF4):
             return self.dequantize(q_ON)
         qmin, qmax, offset = grids.limits(self.spec.grid)
-        q = to_groups(q_ON, self.spec.group_size).float()
-        shift = self.zero_point - offset
-        v = to_groups(weight_ON.float(), self.spec.group_size) / self.scale + shift
+        q = self._groups(q_ON).float()
+        scale, zero_point = self._grid_of_groups(self.scale, self.zero_point)
+        shift = zero_point - offset
+        v = self._groups(weight_ON.float()) / scale + shift
         low = torch.where(q == qmin, q + 0.02, q - 0.48)
         high = torch.where(q == qmax, q - 0.02, q + 0.48)
         v = torch.minimum(torch.maximum(v, low), high)
-        return from_groups((v - shift) * self.scale, self.in_features)
+        return from_groups((v - shift) * scale, self.in_features)
 
     @torch.no_grad()
     def integer_weight(self, weight_ON: Tensor) -> IntegerWeight:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from quantailor.evaluate.measuring import measuring
 from quantailor.nn.packed import QuantConv2d, QuantEmbedding, QuantLinear
 from quantailor.numerics.grids import limits
-from quantailor.numerics.grouping import per_element
 from quantailor.pages.charts import bins_of
 from quantailor.pages.document import Bins, Histogram, Mark, Text, say
 from quantailor.spec import NF4
@@ -110,9 +109,9 @@ def _float_steps(parent_ON: Tensor, layer: Packed, edges: list[float], step: int
     for start in range(0, parent_ON.shape[0], rows):
         part = parent_ON[start : start + rows].cpu()
         own = slice(start, start + rows) if scale_OG.shape[0] > 1 else slice(0, 1)
-        x = part / per_element(scale_OG[own], store.in_features, store.spec.group_size).cpu()
+        x = part / store.of_elements(scale_OG[own]).cpu()
         if isinstance(zero_OG, Tensor):
-            x = x + per_element(zero_OG[own].float(), store.in_features, store.spec.group_size).cpu()
+            x = x + store.of_elements(zero_OG[own].float()).cpu()
         counts += torch.histc(x.clamp(edges[0], edges[-1]), len(counts), edges[0], edges[-1]).double()
     shares = (counts * fine).tolist()  # a share a level, so that it lies on the bars
     total = float(counts.sum()) or 1.0

@@ -35,6 +35,8 @@ from quantailor.verbs.model import (
     check_comparable,
     default_probe,
     examples_for,
+    is_foreign,
+    load,
 )
 
 
@@ -122,8 +124,11 @@ def check(path: str | Path) -> Parity:
 
     Every layer's integers and scales are held against the digests that the simulated model had when it was packed;
     then both executions of the folder run on the probe, layer by layer, and the simulated model's own logits of that
-    day are compared as well.
+    day are compared as well. A folder or GGUF file that others made has no such digests: there both executions of
+    what was read are held against each other.
     """
+    if is_foreign(Path(path)):
+        return _check_foreign(Path(path))
     loaded = folders.read_folder(Path(path))
     simulated = unpack_model(copy.deepcopy(loaded.model))
     stored = folders.stored_probe(Path(path), loaded.model.config)
@@ -139,6 +144,13 @@ def check(path: str | Path) -> Parity:
     return dataclasses.replace(
         parity, max_logit_difference=max(parity.max_logit_difference, difference), top1_equal=parity.top1_equal and top1
     )
+
+
+def _check_foreign(path: Path) -> Parity:
+    model = load(path)
+    if model.state is None:
+        raise UsageError(f"{path} holds no quantized layer: there are no integers to check")
+    return compare(unpack_model(copy.deepcopy(model.model)), model.model, default_probe(model))
 
 
 def generate(model: str | Path | Model, prompt: str, *, max_new_tokens: int = 64) -> str:

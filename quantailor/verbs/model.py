@@ -19,6 +19,8 @@ from quantailor.errors import UntrustedInput, UsageError
 from quantailor.evaluate.classification import ClassificationResult
 from quantailor.evaluate.lm import LMResult
 from quantailor.formats import folder as folders
+from quantailor.formats import foreign
+from quantailor.formats.gguf_model import read_gguf
 from quantailor.models.loading import (
     Task,
     load_float,
@@ -26,7 +28,9 @@ from quantailor.models.loading import (
 from quantailor.models.prepare import SIMULATED, State, pack_model, state_of
 from quantailor.models.structure import modules_of
 from quantailor.qat.train import TrainReport
+from quantailor.store import manifest
 from quantailor.store.manifest import hash_folder, write_manifest
+from quantailor.store.paths import shown
 from quantailor.store.publish import new_folder
 
 Result = LMResult | ClassificationResult
@@ -61,14 +65,18 @@ class Model:
 
 
 def load(path: str | Path, *, task: Task | None = None, num_labels: int | None = None, verify: bool = True) -> Model:
-    """A model folder, float or quantized by quantailor. `verify=False` skips the hashes of a huge quantized one.
+    """A model folder, float or quantized by quantailor, GPTQ, AWQ, compressed-tensors or bitsandbytes; or a GGUF file.
 
+    Others' integers and scales are taken over as they are; what is not as in their files is in the model's notes.
+    `verify=False` skips the hashes of a huge folder of ours.
     Raises: UntrustedInput for a folder that cannot be trusted or is not whole; UsageError where the task does not fit.
     """
     path = Path(path)
     if not path.exists() and path.parent.is_dir():
         folders.recover(path)  # a writer may have been killed between its two renames
-    if not (path / folders.RECEIPT).exists():
+    if is_foreign(path):
+        return _from_others(path, task)
+    if not (path / folders.RECEIPT).exists() and not _is_ours(path):
         plain = load_float(path, task, num_labels)
         parent = {"folder": path.name, "hash": hash_folder(path)}
         return Model(plain.model, plain.tokenizer, plain.task, parent, notes=list(plain.notes))
@@ -83,6 +91,41 @@ def load(path: str | Path, *, task: Task | None = None, num_labels: int | None =
         probe=stored[0] if stored else None,
         details=details if isinstance(details, dict) else {},
     )
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `path` holds integers of another tool: a GGUF file, or a quantized folder without a receipt of ours."""
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return True
+    return not (path / folders.RECEIPT).exists() and foreign.method_of(path) is not None and not _is_ours(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether quantized weights lie with a manifest of ours or in our layout: what is missing is then told by name."""
+    method = foreign.method_of(path)
+    return method == "quantailor" or (method is not None and (path / manifest.NAME).exists())
+
+
+def _from_others(path: Path, task: Task | None) -> Model:
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return _from_gguf(path, task)
+    read = foreign.read_foreign(path)
+    _check_task(path, read.task, task)
+    parent = {"folder": path.name, "hash": hash_folder(path)}
+    return Model(read.model, read.tokenizer, read.task, parent, notes=list(read.notes))
+
+
+def _from_gguf(path: Path, task: Task | None) -> Model:
+    read = read_gguf(path)
+    _check_task(path, "lm", task)
+    if read.tokenizer is None:
+        raise UsageError(f"{shown(path)} has no tokenizer, and a model here comes with one; convert it with its own")
+    return Model(read.model, read.tokenizer, "lm", {"folder": path.stem}, notes=list(read.notes))
+
+
+def _check_task(path: Path, own: Task, wanted: Task | None) -> None:
+    if wanted is not None and wanted != own:
+        raise UsageError(f"{shown(path)} is made for {own}, not for {wanted}; use data of that kind")
 
 
 def as_model(model: str | Path | Model, *, task: Task | None = None, num_labels: int | None = None) -> Model:
