@@ -25,6 +25,7 @@ __all__ = [
     "add_adapter",
     "adequacy",
     "check",
+    "convert",
     "eval",
     "export",
     "fit",

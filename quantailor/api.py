@@ -24,6 +24,7 @@ from quantailor.verbs.adapters import (
     set_adapter,
 )
 from quantailor.verbs.auto_qat import search
+from quantailor.verbs.converting import convert
 from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
 from quantailor.verbs.in_parts import QuantizedFolder, quantize_folder
@@ -61,6 +62,7 @@ __all__ = [
     "adequacy",
     "as_model",
     "check",
+    "convert",
     "environment",
     "evaluate",
     "examples_for",

@@ -20,6 +20,7 @@ import quantailor
 from quantailor.cli import options
 from quantailor.cli.calibration import calibration
 from quantailor.cli.check import check
+from quantailor.cli.convert import convert
 from quantailor.cli.demo import demo
 from quantailor.cli.evaluate import evaluate
 from quantailor.cli.export import export
@@ -53,6 +54,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "check": check,
     "merge": merge,
     "export": export,
+    "convert": convert,
     "report": report,
     "search": search,
     "sensitivity": sensitivity,

@@ -32,7 +32,7 @@ from quantailor.formats.folder import check_grids, read_tensors
 from quantailor.formats.foreign_layer import Slot, Taken
 from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
 from quantailor.models.prepare import State
-from quantailor.recipe import QUANTIZABLE, Entry, Inventory, Recipe
+from quantailor.recipe import Entry, Inventory, Recipe
 from quantailor.spec import Scheme
 from quantailor.store.config import read_config
 from quantailor.store.paths import shown
@@ -128,7 +128,7 @@ def _slots(skeleton: nn.Module) -> dict[str, Slot]:
     return {
         name: Slot.of(type(module).__name__, tuple(module.weight.shape))
         for name, module in skeleton.named_modules()
-        if type(module).__name__ in QUANTIZABLE[:2] + ("Embedding",) and module.weight.dim() == 2
+        if type(module).__name__ in ("Linear", "Conv1D", "Embedding") and module.weight.dim() == 2
     }
 
 

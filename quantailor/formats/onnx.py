@@ -53,6 +53,10 @@ def write(
     layers: dict[str, Any] = dict(modules_of(plain, PACKED))
     if not layers:
         raise UsageError("no layer of this model is quantized; export a quantized folder")
+    if indexed := [name for name, module in layers.items() if module.packed.spec.is_indexed]:
+        raise UsageError(
+            f"{indexed[0]}: its groups are in act-order, and ONNX's blocks lie side by side; convert it to own"
+        )
     probe = _all_inputs(plain, tokenizer, probe)
     proto = with_layers(trace(plain, _example(plain, probe)), plain)
     _describe(proto)

@@ -96,11 +96,13 @@ def _written(name: str, folder: Path, model: Model) -> ExportReceipt:
     return dataclasses.replace(receipt, format=name, files=tuple(files))
 
 
-def _hf(folder: Path, model: Model) -> ExportReceipt:
-    """The folder that `save` writes, read back strictly."""
+def write_and_read(folder: Path, model: Model, format: str | None = None) -> ExportReceipt:
+    """The folder that `save` writes, read back strictly. Raises: QualityGateFailed where that is not the model."""
     assert model.state is not None and model.probe is not None
     details = {"parent": model.parent, **model.details}
-    chosen = folders.write_folder(folder, model.model, model.tokenizer, probe=model.probe, details=details)
+    chosen = folders.write_folder(
+        folder, model.model, model.tokenizer, format=format, probe=model.probe, details=details
+    )
     again = folders.read_folder(folder).model
     different = differing(digests(model.model), digests(again))
     logits, expected = (folders.last_logits(m, model.probe) for m in (again, model.model))
@@ -111,7 +113,7 @@ def _hf(folder: Path, model: Model) -> ExportReceipt:
     reader = "stock transformers with compressed-tensors" if chosen == "compressed-tensors" else "transformers, after"
     reader += "" if chosen == "compressed-tensors" else " `import quantailor.hf`,"
     notes = (f"layout {chosen}: {reader} reads it",)
-    return ExportReceipt("hf", (), len(model.state.inventory.quantized), True, difference, notes)
+    return ExportReceipt("own" if format == "quantailor" else "hf", (), len(model.state.inventory.quantized), True, difference, notes)
 
 
 def _onnx(folder: Path, model: Model) -> ExportReceipt:
@@ -119,22 +121,22 @@ def _onnx(folder: Path, model: Model) -> ExportReceipt:
         raise UsageError(f"ONNX needs the package {missing[0]}; install it with: pip install 'quantailor[onnx]'")
     from quantailor.formats import onnx
 
-    _check_points(model, "ONNX")
+    check_points(model, "ONNX")
     assert model.probe is not None
     return onnx.write(folder, model.model, model.tokenizer, model.probe)
 
 
 def _gguf(folder: Path, model: Model) -> ExportReceipt:
-    _check_points(model, "GGUF")
+    check_points(model, "GGUF")
     name = model.parent.get("folder") or "model"
     return gguf.write(model.model, folder / f"{name}.gguf", tokenizer=model.tokenizer, probe=model.probe)
 
 
-def _check_points(model: Model, format: str) -> None:
+def check_points(model: Model, format: str) -> None:
     """Raises: UsageError where points inside blocks are quantized, which no graph of this format would do."""
     points = model.state.inventory.points if model.state else ()
     if point := next((p for p in points if p.spec is not None), None):
         raise UsageError(f"{format} has no place for {point.name}, a quantized point inside a block; export as hf")
 
 
-WRITERS: dict[str, Callable[[Path, Model], ExportReceipt]] = {"hf": _hf, "onnx": _onnx, "gguf": _gguf}
+WRITERS: dict[str, Callable[..., ExportReceipt]] = {"hf": write_and_read, "onnx": _onnx, "gguf": _gguf}

@@ -120,6 +120,8 @@ def _from_gguf(path: Path, task: Task | None) -> Model:
     _check_task(path, "lm", task)
     if read.tokenizer is None:
         raise UsageError(f"{shown(path)} has no tokenizer, and a model here comes with one; convert it with its own")
+    if (state := state_of(read.model)) is not None:
+        state.notes += read.notes
     return Model(read.model, read.tokenizer, "lm", {"folder": path.stem}, notes=list(read.notes))
 
 
