@@ -12,7 +12,9 @@ from quantailor.errors import QualityGateFailed
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(help="a folder that quantailor saved, or a quantized one of others", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="a folder that quantailor saved, or a quantized one of others", show_default=False)
+    ],
     json: o.JsonOption = False,
 ) -> None:
     """Prove that the packed model is the one that was trained: every integer, every layer, the logits.

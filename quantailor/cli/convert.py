@@ -19,9 +19,7 @@ def convert(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="new folder; for gguf a new file", show_default=False)
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="new folder; for gguf a new file", show_default=False)],
     to: Annotated[
         str,
         typer.Option(

@@ -209,6 +209,7 @@ def stored_tensors(
         if chosen == "compressed-tensors":
             scheme = state.inventory.quantized[full]
             result |= layout.to_compressed_tensors(full, buffers, scheme, twin.packed.in_features)
+            result |= {f"{full}.input_scale": twin.input_scale} if hasattr(twin, "input_scale") else {}
             continue
         if first or tied_to[full] is None:
             result |= {f"{full}.packed.{k}": v for k, v in buffers.items()}

@@ -30,6 +30,7 @@ from quantailor.errors import QuantailorError, UntrustedInput, UsageError
 from quantailor.formats import awq_reader, bitsandbytes_reader, compressed_reader, gptq_reader, plugin
 from quantailor.formats.folder import check_grids, read_tensors
 from quantailor.formats.foreign_layer import Slot, Taken
+from quantailor.models.experts import experts_of, split_experts
 from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
 from quantailor.models.prepare import State
 from quantailor.recipe import Entry, Inventory, Recipe
@@ -45,6 +46,7 @@ READERS: dict[str, Reader] = {
     "compressed-tensors": compressed_reader.read_layers,
     "bitsandbytes": bitsandbytes_reader.read_layers,
 }
+_QUANTIZED = (".qweight", ".weight_scale", ".SCB", ".absmax")
 _CLASSES = {"lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
 
@@ -110,8 +112,9 @@ def _read(folder: Path, files: ModelFiles, method: str) -> Foreign:
     config = CONFIG_MAPPING[own["model_type"]].from_dict(own)
     with torch.device("meta"):
         skeleton: Any = _CLASSES[task].from_config(config)
-    slots = _slots(skeleton)
     stored = _named(read_tensors(files.weight_files), skeleton)
+    split_experts(skeleton, experts_of(key for key in stored if key.endswith(_QUANTIZED)))
+    slots = _slots(skeleton)
     taken = READERS[method](quantization, stored, slots)
     if not taken.layers:
         raise UntrustedInput(f"its config says {method}, and none of its layers is stored so; use a sound copy")

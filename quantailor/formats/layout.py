@@ -2,7 +2,8 @@
 
 compressed-tensors (stock transformers reads it, which tests hold; vLLM's layout, by its documentation):
     pack-quantized   LAYER.weight_packed int32 [O, words], LAYER.weight_scale [O, G], LAYER.weight_shape int64 [2]
-    int-quantized    LAYER.weight int8 [O, N], LAYER.weight_scale [O, 1]            (8-bit activations, per token)
+    int-quantized    LAYER.weight int8 [O, N], LAYER.weight_scale [O, 1]            (8-bit activations, per token, or
+                     per tensor with LAYER.input_scale [1])
 our own: the buffers of `PackedWeight` under LAYER.packed, and LAYER.input_scale where activations are static.
 
 Axes: O out, N in, G groups a row. The integers are the same in memory and in both layouts; nothing is rounded here.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from quantailor.numerics.packing import pack, unpack
 from quantailor.recipe import Inventory, in_features
-from quantailor.spec import Int, PerChannel, PerGroup, PerToken, QuantSpec, Scheme
+from quantailor.spec import Int, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 Format = Literal["compressed-tensors", "quantailor"]
 
@@ -36,7 +37,35 @@ def why_not_compressed_tensors(inventory: Inventory) -> str | None:
             return f"{entry.name}: {reason}"
     if point := next((p for p in inventory.points if p.spec is not None), None):
         return f"{point.name} is a quantized point inside a block"
+    return _mixed_unit(inventory)
+
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
+
+
+def _mixed_unit(inventory: Inventory) -> str | None:
+    """The first layers of two schemes that serving engines multiply as one matrix, with the nearest that works."""
+    linear = {entry.name: entry for entry in inventory if entry.kind == "Linear"}
+    for name, entry in linear.items():
+        parent, _, last = name.rpartition(".")
+        for parts in _FUSED:
+            if last != parts[0]:
+                continue
+            unit = [found for part in parts if (found := linear.get(f"{parent}.{part}" if parent else part))]
+            other = next((e for e in unit if e.scheme != entry.scheme), None)
+            if other is None:
+                continue
+            widest = max((e.scheme for e in unit if e.scheme), key=_bits)
+            return (
+                f"{name} is {entry.scheme or 'float'} and {other.name} {other.scheme or 'float'}, which serving engines "
+                f"fuse: one scheme for {{{', '.join(parts)}}}; the nearest that works is {widest} for each, by a rule"
+            )
     return None
+
+
+def _bits(scheme: Scheme) -> tuple[int, int]:
+    weight = scheme.weight
+    return (0, 0) if weight is None else (weight.grid.bits, -(weight.group_size or 10**9))
 
 
 def _unsayable(scheme: Scheme, length: int) -> str | None:
@@ -57,12 +86,15 @@ def _unsayable(scheme: Scheme, length: int) -> str | None:
     if activations is not None and activations.group_size is not None:
         return f"its activations have a scale for each group of {activations.group_size}"
     if activations is not None and not (_is_plain_int8(activations) and grid.bits == 8 and weight.group_size is None):
-        return "only 8-bit channel weights go with activations, and those must be 8-bit per token"
+        return (
+            "only 8-bit channel weights go with activations, and those must be 8-bit, per token or static per tensor; "
+            "the nearest that works is w8a8"
+        )
     return None
 
 
 def _is_plain_int8(spec: QuantSpec) -> bool:
-    return spec.dynamic and isinstance(spec.granularity, PerToken) and spec.grid == Int(8)
+    return spec.grid == Int(8) and isinstance(spec.granularity, PerToken if spec.dynamic else PerTensor)
 
 
 def compressed_tensors_config(inventory: Inventory) -> dict[str, Any]:
@@ -81,7 +113,14 @@ def compressed_tensors_config(inventory: Inventory) -> dict[str, Any]:
             "strategy": "group" if grouped else "channel",
             "dynamic": False,
         } | ({"group_size": scheme.weight.group_size} if grouped else {})
-        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        dynamic = scheme.input is not None and scheme.input.dynamic
+        inputs = {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token" if dynamic else "tensor",
+            "dynamic": dynamic,
+        }
         groups[f"group_{index}"] = {
             "targets": names,
             "weights": weights,

@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantailor.errors import UntrustedInput, UsageError
+from quantailor.models.experts import experts_of, split_experts
 from quantailor.models.points import install_points
 from quantailor.models.prepare import State
 from quantailor.models.structure import replace
@@ -98,6 +99,7 @@ def install_packed(model: nn.Module, config: QuantailorConfig, device: str = "me
 
 def _install(model: nn.Module, config: QuantailorConfig, device: str) -> None:
     schemes = [from_json(scheme) for scheme in config.schemes]
+    split_experts(model, experts_of(config.layers))
     for name, layer in config.layers.items():
         try:
             old = model.get_submodule(name)
@@ -143,21 +145,25 @@ def assembled(architecture: Any, config: Any, tensors: dict[str, Tensor], where:
 
     `where`: what an error names. Raises: UntrustedInput where a tensor is missing, too many or of another shape.
     """
+    inside = tuple(f"{name}." for name in experts_of(config.quantization_config["layers"]))
+    apart = {k: v for k, v in tensors.items() if k.startswith(inside) and k.endswith("_proj.weight")}
     model, info = architecture.from_pretrained(
         None,
         config=config,
-        state_dict=tensors,
+        state_dict={k: v for k, v in tensors.items() if k not in apart},  # transformers would fuse these
         dtype=config.dtype or torch.float32,
         ignore_mismatched_sizes=True,  # an error below, where the tensor is named
         output_loading_info=True,
     )
     for kind, keys in (
-        ("lacks", info["missing_keys"]),
+        ("lacks", set(info["missing_keys"]) - set(apart)),
         ("has", info["unexpected_keys"]),
         ("misshapes", [key for key, *_ in info.get("mismatched_keys") or []]),
     ):
         if keys:
             raise UntrustedInput(f"{where} {kind} tensor {sorted(keys)[0]}, against its config.json; use a sound copy")
+    for name, tensor in apart.items():
+        model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(tensor.to(model.dtype))
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model.eval()

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from quantailor.errors import UntrustedInput, UsageError
+from quantailor.models.experts import split_experts
 from quantailor.store.header import TensorFact
 from quantailor.store.tensors import DTYPES, read_tensor
 from quantailor.store.untrusted import ModelFiles, check_finite, scan_model_folder
@@ -182,6 +183,7 @@ def open_skeleton(folder: Path) -> Skeleton:
     if model.can_generate():
         with suppress(OSError):  # without the file: what config.json says
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    split_experts(model)  # as their tensors lie on disk
     check_shapes(folder, model, {name: fact.shape for name, fact in files.tensors.items()})
     facts = _facts_of(model, files.tensors)
     return Skeleton(model.eval(), load_tokenizer(folder), task, facts)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantailor.errors import UntrustedInput
+from quantailor.models.experts import split_experts
 from quantailor.models.points import find_points, freeze_static_outputs, install_points, with_outputs
 from quantailor.models.structure import modules_of, replace
 from quantailor.nn.activation_quantizer import ActivationQuantizer
@@ -56,6 +57,8 @@ def prepare(model: nn.Module, recipe: Recipe, probe: Mapping[str, Tensor] | None
     Raises: UsageError as `Recipe.assign` and `find_points` do; UntrustedInput where a weight holds NaN or Inf, naming
     its layer.
     """
+    if not recipe.scheme.is_float or recipe.rules:
+        split_experts(model)
     state = planned(model, recipe, probe)
     prepare_layers(model, state.inventory.quantized)
     device = next((p.device for p in model.parameters()), None)

@@ -113,7 +113,9 @@ def write_and_read(folder: Path, model: Model, format: str | None = None) -> Exp
     reader = "stock transformers with compressed-tensors" if chosen == "compressed-tensors" else "transformers, after"
     reader += "" if chosen == "compressed-tensors" else " `import quantailor.hf`,"
     notes = (f"layout {chosen}: {reader} reads it",)
-    return ExportReceipt("own" if format == "quantailor" else "hf", (), len(model.state.inventory.quantized), True, difference, notes)
+    return ExportReceipt(
+        "own" if format == "quantailor" else "hf", (), len(model.state.inventory.quantized), True, difference, notes
+    )
 
 
 def _onnx(folder: Path, model: Model) -> ExportReceipt:

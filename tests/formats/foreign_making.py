@@ -32,20 +32,10 @@ def int32(rows: list[list[int]]) -> Tensor:
 
 def llama(**changes: Any) -> LlamaForCausalLM:
     """2 layers, hidden 64, ffn 96 (three groups of 32), 303 tokens."""
-    config = LlamaConfig(
-        vocab_size=303,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **changes,
-    )
+    sizes = {"vocab_size": 303, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(**{**sizes, **heads, **tokens, "initializer_range": 0.1, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()

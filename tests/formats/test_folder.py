@@ -32,7 +32,7 @@ CASES = [
     ("llama", "nf4", {}, "quantailor"),
     ("llama", "nf4-dq", {}, "quantailor"),
     ("llama", "w3a16-asym", {}, "quantailor"),
-    ("llama", "w8a8-static", {}, "quantailor"),
+    ("llama", "w8a8-static", {}, "compressed-tensors"),
     ("llama", "w1.58a8", {}, "quantailor"),
     ("llama", "w1a1", {}, "quantailor"),
     ("llama", "w2a16-g32-balanced", {}, "quantailor"),
@@ -46,7 +46,8 @@ CASES = [
     ("gpt2", "w4a16-g32", {"rules": GPT2_TIED}, "quantailor"),
     ("bert", "w8a8", {}, "compressed-tensors"),
     ("bert", "w4a8-g16", {}, "quantailor"),
-    ("bert", "w8a8-static", {}, "quantailor"),
+    ("bert", "w8a8-static", {}, "compressed-tensors"),
+    ("bert", "w8a8-static-kl", {}, "compressed-tensors"),
 ]
 
 

@@ -1,5 +1,7 @@
 """Names and shapes on disk."""
 
+import re
+
 import pytest
 import torch
 
@@ -25,7 +27,9 @@ def why(*entries: Entry) -> str | None:
     return why_not_compressed_tensors(Inventory(entries))
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16", "w4a16-g32", "w4a16-g64", "w2a16-g32", "w8a16-g32"])
+@pytest.mark.parametrize(
+    "scheme", ["w8a8", "w8a16", "w4a16", "w4a16-g32", "w4a16-g64", "w2a16-g32", "w8a16-g32", "w8a8-static"]
+)
 def test_what_compressed_tensors_can_say(scheme):
     assert why(entry(scheme), entry(None, kind="LlamaRMSNorm")) is None
 
@@ -44,9 +48,8 @@ def test_what_compressed_tensors_can_say(scheme):
         (entry("w1a1"), "Binary"),
         (entry("w2a16-g32-balanced"), "Balanced"),
         (entry("w4a8-g32"), "only 8-bit channel weights go with activations"),
-        (entry("w8a4"), "those must be 8-bit per token"),
-        (entry("w8a8-static"), "those must be 8-bit per token"),
-        (entry("w8a8-static-kl"), "those must be 8-bit per token"),
+        (entry("w8a4"), "those must be 8-bit, per token or static per tensor; the nearest that works is w8a8"),
+        (entry("w4a8-static"), "only 8-bit channel weights go with activations"),
         (entry("w8a8-outliers"), "layer: LLM.int8 keeps outlier columns of its inputs in float"),
         (entry("w8a8-ag32"), "layer: its activations have a scale for each group of 32"),
         (entry("w4a8-g32-ag32"), "a scale for each group of 32"),
@@ -57,6 +60,26 @@ def test_what_compressed_tensors_can_say(scheme):
 )
 def test_what_it_cannot_say_is_named(bad, told):
     assert told in why(entry("w8a8", name="fine"), bad)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "told"),
+    [
+        (
+            {"q_proj": "w4a16-g32", "k_proj": "w8a16", "v_proj": "w4a16-g32"},
+            "for {q_proj, k_proj, v_proj}; .* is w8a16 ",
+        ),
+        ({"q_proj": "w4a16-g32", "k_proj": "w4a16-g32", "v_proj": None}, "a.v_proj float.* is w4a16-g32 for each"),
+        ({"gate_proj": "w4a16-g32", "up_proj": "w4a16-g64"}, "a.up_proj w4a16-g64.* is w4a16-g32 for each"),
+        ({"query": None, "key": "w8a8", "value": "w8a8"}, "a.query is float and a.key w8a8"),
+    ],
+)
+def test_one_scheme_for_what_engines_fuse(schemes, told):
+    entries = [entry(scheme, name=f"a.{name}") for name, scheme in schemes.items()]
+    assert re.search(told, why(*entries))
+    same = next(scheme for scheme in schemes.values() if scheme)
+    assert why(*(entry(same, name=f"a.{name}") for name in schemes)) is None
+    assert why(entry("w8a8", name="a.q_proj"), entry("w8a16", name="b.k_proj")) is None, "other parents are apart"
 
 
 def test_the_config_names_each_layer_exactly_and_what_is_kept():
@@ -74,6 +97,13 @@ def test_the_config_names_each_layer_exactly_and_what_is_kept():
         "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
     }  # fmt: skip
     assert groups[1]["weights"]["group_size"] == 32 and groups[1]["input_activations"] is None
+
+
+def test_static_inputs_are_per_tensor():
+    config = compressed_tensors_config(Inventory((entry("w8a8-static"),)))
+    assert config["config_groups"]["group_0"]["input_activations"] == {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False,
+    }  # fmt: skip
 
 
 def layer(scheme: str) -> dict[str, torch.Tensor]:

@@ -25,12 +25,14 @@ COMPRESSED = {
     "tied": ("tied", "w4a16-g4", {"ragged": False}),
     "bert": ("bert", "w8a16", {}),
     "bert w8a8": ("bert", "w8a8", {}),
+    "w8a8-static": ("llama", "w8a8-static", {}),
+    "bert w8a8-static": ("bert", "w8a8-static", {}),
 }
 OWN = {
     "ragged": ("llama", "w4a16-g32", {}),
     "nf4-dq": ("llama", "nf4-dq", {}),
     "w3a16-asym": ("llama", "w3a16-asym", {}),
-    "w8a8-static": ("llama", "w8a8-static", {}),
+    "w4a8-static": ("llama", "w4a8-static", {}),
     "w1.58a8": ("llama", "w1.58a8", {}),
     "w8a8-outliers": ("llama", "w8a8-outliers2", {}),
     "w4a8-g32-ag32": ("llama", "w4a8-g32-ag32", {}),
