@@ -11,16 +11,19 @@ Axes: O out, N in, G groups a row. The integers are the same in memory and in bo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from quantailor.models.experts import experts_of
 from quantailor.numerics.packing import pack, unpack
 from quantailor.recipe import Inventory, in_features
 from quantailor.spec import Int, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
+EXPERTS = r".*experts\.[0-9]+\.(gate_proj|up_proj|down_proj)$"
 Format = Literal["compressed-tensors", "quantailor"]
 
 
@@ -37,7 +40,7 @@ def why_not_compressed_tensors(inventory: Inventory) -> str | None:
             return f"{entry.name}: {reason}"
     if point := next((p for p in inventory.points if p.spec is not None), None):
         return f"{point.name} is a quantized point inside a block"
-    return _mixed_unit(inventory)
+    return _mixed_unit(inventory) or _mixed_experts(inventory)
 
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
@@ -57,10 +60,29 @@ def _mixed_unit(inventory: Inventory) -> str | None:
                 continue
             widest = max((e.scheme for e in unit if e.scheme), key=_bits)
             return (
-                f"{name} is {entry.scheme or 'float'} and {other.name} {other.scheme or 'float'}, which serving engines "
-                f"fuse: one scheme for {{{', '.join(parts)}}}; the nearest that works is {widest} for each, by a rule"
+                f"{name} is {entry.scheme or 'float'} and {other.name} {other.scheme or 'float'}, which serving "
+                f"engines fuse: one scheme for {{{', '.join(parts)}}}; the nearest that works is {widest} for each, "
+                "by a rule"
             )
     return None
+
+
+def _mixed_experts(inventory: Inventory) -> str | None:
+    """transformers stacks the experts of a model into one tensor, from weights alone and of one scheme."""
+    experts = [entry for entry in inventory if entry.kind == "Linear" and experts_of([entry.name])]
+    first = next((entry for entry in experts if entry.scheme is not None), None)
+    if first is None or first.scheme is None:
+        return None
+    if first.scheme.input is not None:
+        nearest = dataclasses.replace(first.scheme, input=None)
+        return f"{first.name}: experts have no place for quantized inputs there; the nearest that works is {nearest}"
+    other = next((entry for entry in experts if entry.scheme != first.scheme), None)
+    if other is None:
+        return None
+    return (
+        f"{first.name} is {first.scheme} and {other.name} {other.scheme or 'float'}, and transformers reads all "
+        f"experts of a model in one scheme; the nearest that works is {first.scheme} for each, by a rule"
+    )
 
 
 def _bits(scheme: Scheme) -> tuple[int, int]:
@@ -122,7 +144,7 @@ def compressed_tensors_config(inventory: Inventory) -> dict[str, Any]:
             "dynamic": dynamic,
         }
         groups[f"group_{index}"] = {
-            "targets": names,
+            "targets": _targets(names) if len(schemes) > 1 else names,
             "weights": weights,
             "input_activations": inputs if scheme.input else None,
             "output_activations": None,
@@ -136,6 +158,12 @@ def compressed_tensors_config(inventory: Inventory) -> dict[str, Any]:
         "ignore": [e.name for e in inventory if e.scheme is None and e.kind == "Linear"],
         "config_groups": groups,
     }
+
+
+def _targets(names: list[str]) -> list[str]:
+    """Exact names, but for experts a pattern: by it transformers finds the scheme of theirs among several."""
+    dense = [name for name in names if not experts_of([name])]
+    return dense + (["re:" + EXPERTS] if len(dense) < len(names) else [])
 
 
 def _ct_format(scheme: Scheme) -> str:

@@ -65,7 +65,7 @@ class WeightQuantizer(nn.Module):
 
     @property
     def grid(self) -> WeightGrid | None:
-        """The grid as the one-pass kernels take it; None for NF4, groups that a list names, and integers beyond int8."""
+        """The grid as the one-pass kernels take it; None for NF4, listed groups, and where integers do not fit int8."""
         if not has_integer_product(self.spec.grid) or self.spec.is_indexed:
             return None
         qmin, qmax, offset = grids.limits(self.spec.grid)
