@@ -175,7 +175,7 @@ def _nested(codes: Tensor, nested: Tensor | None, table: Tensor | None, state: M
         raise ValueError("its doubly quantized scales are not whole")
     if type(block) is not int or block < 1 or nested.numel() != -(-codes.numel() // block):
         raise ValueError(f"{nested.numel()} nested scales are not those of {codes.numel()} scales")
-    if type(offset) not in (int, float):
+    if not isinstance(offset, int | float):
         raise ValueError("its nested_offset is no number")
     values = table.float().flatten()[codes.flatten().long()]
     return values * nested.float().flatten().repeat_interleave(block)[: codes.numel()] + offset

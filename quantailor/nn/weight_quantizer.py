@@ -152,12 +152,12 @@ class WeightQuantizer(nn.Module):
         """[O, N] -> [O, G, g], or one by one, [O, N, 1], where a list says which group each is in."""
         return x_ON.unsqueeze(-1) if self.spec.is_indexed else to_groups(x_ON, self.spec.group_size)
 
-    def _grid_of_groups(self, *values_OG1: Tensor) -> tuple[Tensor, ...]:
+    def _grid_of_groups(self, scale_OG1: Tensor, zero_point_OG1: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zero points as `_groups` meets them."""
         if not self.spec.is_indexed:
-            return values_OG1
+            return scale_OG1, zero_point_OG1
         index: Tensor = self.group_index  # type: ignore[assignment]
-        return tuple(value[:, index] for value in values_OG1)
+        return scale_OG1[:, index], zero_point_OG1[:, index]
 
     @torch.no_grad()
     def shadow(self, weight_ON: Tensor, q_ON: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from quantailor import api
-from quantailor.errors import QuantailorError, UntrustedInput, UsageError
+from quantailor.errors import UntrustedInput, UsageError
 from quantailor.formats import folder as folders
 from quantailor.formats import foreign
 from quantailor.models.loading import load_tokenizer
@@ -81,28 +81,18 @@ def read(kind: str, folder: Path, verify: bool) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
-    root, kind = Path(job["folder"]), job["kind"]
-    torch.set_num_threads(1)
-    sound = source(kind, Path(job["tokenizer"]), root / "sound")
+def fuzz(root: Path, tokenizer_folder: Path, kind: str, verify: bool, count: int) -> dict:
+    sound = source(kind, tokenizer_folder, root / "sound")
     files = {path.name: path.read_bytes() for path in sound.iterdir()}
     weights = next(name for name in files if name.endswith(".safetensors") and name != "parity.safetensors")
     original = read(kind, sound, True)
-    tokenizer = load_tokenizer(sound)  # its files stay as they are
-    foreign.load_tokenizer = folders.load_tokenizer = lambda folder: tokenizer  # type: ignore[assignment]
     folder = root / "mutated"
     shutil.copytree(sound, folder)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a hang is a death
     outcome: dict = {"files": 0, "refused": 0, "taken": 0, "same": 0, "payload": 0, "wrong": [], "slowest_s": 0.0}
-    for seed in range(job["count"]):
+    for seed in range(count):
         part, name, raw = changed(files, weights, random.Random(f"{kind} {seed}"))
         if raw == files[name]:
             raw += b"}"
-        verify = job.get("verify", True)
         outcome["files"] += 1
         outcome["payload"] += part == "payload"
         (folder / name).write_bytes(raw)
@@ -121,15 +111,32 @@ def main() -> None:
             outcome["refused"] += 1
             if "\n" in str(error) or len(str(error)) > 800 or str(folder) not in str(error):
                 outcome["wrong"].append(f"seed {seed}: {error!r}")
-        except QuantailorError as error:
-            outcome["wrong"].append(f"seed {seed}: {type(error).__name__}: {error}")
         except Exception as error:
             outcome["wrong"].append(f"seed {seed}: {name} ({part}): {type(error).__name__}: {error}"[:400])
         signal.setitimer(signal.ITIMER_PROF, 0)
         outcome["slowest_s"] = max(outcome["slowest_s"], time.process_time() - start)
         (folder / name).write_bytes(files[name])
-    outcome["grown_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(json.dumps(outcome))
+    return outcome
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(Path(job["tokenizer"]))  # the files of a tokenizer stay as they are
+    foreign.load_tokenizer = folders.load_tokenizer = lambda folder: tokenizer  # type: ignore[assignment]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a hang is a death
+    result = {}
+    for number, (kind, verify) in enumerate(job["kinds"]):
+        root = Path(job["folder"]) / str(number)
+        root.mkdir()
+        result[f"{kind}{'' if verify else ', unverified'}"] = fuzz(
+            root, Path(job["tokenizer"]), kind, verify, job["count"]
+        )
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(json.dumps({"kinds": result, "grown_mb": grown}))
 
 
 if __name__ == "__main__":
