@@ -23,7 +23,7 @@ from quantailor.nn.lora import Adapter, LoRA, LoRALinear
 from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantLinear, packed
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics import grids
-from quantailor.numerics.grouping import from_groups, to_groups
+from quantailor.numerics.grouping import from_groups
 from quantailor.numerics.lora import fraction, loftq
 from quantailor.observers.weights import weight_scale
 from quantailor.recipe import block_prefixes
@@ -195,8 +195,8 @@ def _pack_with_fractions(model: nn.Module, chosen: list[str], lora: LoRA) -> Non
 def fractions_of(quantizer: WeightQuantizer, weight_ON: Tensor, bits: int) -> Tensor:
     """int32 [O, N]: where in its cell each weight lies (numerics.lora.fraction)."""
     qmin, qmax, offset = grids.limits(quantizer.spec.grid)
-    w = to_groups(weight_ON.detach().float(), quantizer.spec.group_size)
-    v = from_groups(w / quantizer.scale.detach() - offset + quantizer.zero_point, quantizer.in_features)
+    scale, zero_point = quantizer.grid_of_groups(quantizer.scale.detach(), quantizer.zero_point)
+    v = from_groups(quantizer.groups(weight_ON.detach().float()) / scale - offset + zero_point, quantizer.in_features)
     return fraction(v, quantizer.integers(weight_ON).to(torch.int32), bits, qmin, qmax)
 
 

@@ -21,7 +21,7 @@ from quantailor.kernels.ops import IntegerInput, IntegerWeight, has_integer_prod
 from quantailor.nn.packed import PackedWeight, QuantLinear, _Quant
 from quantailor.nn.recompute import InputGradient, Kept, Rows, frozen_linear, multiplied, runs
 from quantailor.numerics import grids
-from quantailor.numerics.grouping import from_groups, to_groups
+from quantailor.numerics.grouping import from_groups
 from quantailor.numerics.packing import pack, unpack
 from quantailor.spec import NF4
 
@@ -163,10 +163,10 @@ class LoRALinear(_Quant):
         """(integers as float32 [n, N], where they lie on the grid unclipped): what is trained, and what is merged."""
         qmin, qmax, _ = grids.limits(self.packed.spec.grid)
         with torch.autocast(a.device.type, enabled=False):
-            delta = to_groups(b[rows].float() @ a.float(), self.packed.spec.group_size)
+            delta = self.packed.grouped(b[rows].float() @ a.float())
         scale = self.packed.scales()
         scale = scale if scale.shape[0] == 1 else scale[rows]
-        steps = from_groups(delta * (scaling / scale).unsqueeze(-1), self.in_features)
+        steps = from_groups(delta * self.packed.of_groups(scaling / scale).unsqueeze(-1), self.in_features)
         unclipped = torch.round(self.base_steps(rows) + steps)
         q = unclipped.clamp(qmin, qmax)
         return q, unclipped == q
@@ -177,6 +177,9 @@ class LoRALinear(_Quant):
         if scale.shape[0] != 1:
             scale, shift = scale[rows], None if shift is None else shift[rows]
         dtype = torch.int8 if has_integer_product(self.packed.spec.grid) else torch.uint8
+        if self.packed.spec.is_indexed:  # each input by itself, with its group's scale
+            shift = None if shift is None else self.packed.of_groups(shift)
+            return IntegerWeight(q.to(dtype), self.packed.of_groups(scale), shift, 1)
         return IntegerWeight(q.to(dtype), scale, shift, self.packed.spec.group_size)
 
     def trained_rows(
@@ -304,16 +307,15 @@ class _Adapted(torch.autograd.Function):
                     grad_x.add(dy, w_hat)
                 dw = (dy.t() @ x).float()
                 if grad_s is not None:
-                    per_group = to_groups(dw * w_hat, layer.packed.spec.group_size).sum(-1)
+                    per_group = layer.packed.summed(dw * w_hat)
                     grad_s[part if grad_s.shape[0] != 1 else slice(0, 1)] += (
                         per_group if grad_s.shape[0] != 1 else per_group.sum(0, keepdim=True)
                     )
                 dw.mul_(inside)
                 if factor is not None:
                     some = factor if factor.shape[0] == 1 else factor[part]
-                    dw = from_groups(
-                        to_groups(dw, layer.packed.spec.group_size) * some.unsqueeze(-1), layer.in_features
-                    )
+                    some = layer.packed.of_groups(some).unsqueeze(-1)
+                    dw = from_groups(layer.packed.grouped(dw) * some, layer.in_features)
                 grad_b[part] = (dw @ a.float().t()).mul_(scaling)
                 grad_a += (b[part].float().t() @ dw).mul_(scaling)
         of_x = None

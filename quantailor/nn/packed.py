@@ -112,9 +112,10 @@ class PackedWeight(nn.Module):
             scale = scale[rows]
             zero_point = zero_point[rows] if isinstance(zero_point, Tensor) else zero_point
         if isinstance(zero_point, Tensor):
-            zero_point = zero_point.unsqueeze(-1)
-        w = to_groups(weight_nN.float(), self.spec.group_size)
-        return from_groups(grids.encode(w, scale.unsqueeze(-1), zero_point, self.spec.grid), self.in_features)
+            zero_point = self.of_groups(zero_point).unsqueeze(-1)
+        w = self.grouped(weight_nN.float())
+        encoded = grids.encode(w, self.of_groups(scale).unsqueeze(-1), zero_point, self.spec.grid)
+        return from_groups(encoded, self.in_features)
 
     def integers(self, rows: Tensor | slice | None = None) -> Tensor:
         """int8 [O, N] (uint8 for 8 asymmetric bits), or those of some rows only."""
@@ -142,20 +143,32 @@ class PackedWeight(nn.Module):
         if rows is not None and scale.shape[0] != 1:
             scale = scale[rows]
             zero_point = zero_point[rows] if isinstance(zero_point, Tensor) else zero_point
-        q = self.integers(rows)
-        if self.spec.is_indexed:
-            index: Tensor = self.group_index  # type: ignore[assignment]
-            zero_point = zero_point[:, index] if isinstance(zero_point, Tensor) else zero_point
-            return grids.decode(q, scale[:, index], zero_point, self.spec.grid)
         if isinstance(zero_point, Tensor):
-            zero_point = zero_point.unsqueeze(-1)
-        q = to_groups(q, self.spec.group_size)
-        return from_groups(grids.decode(q, scale.unsqueeze(-1), zero_point, self.spec.grid), self.in_features)
+            zero_point = self.of_groups(zero_point).unsqueeze(-1)
+        decoded = grids.decode(
+            self.grouped(self.integers(rows)), self.of_groups(scale).unsqueeze(-1), zero_point, self.spec.grid
+        )
+        return from_groups(decoded, self.in_features)
+
+    def grouped(self, x_nN: Tensor) -> Tensor:
+        """[n, N] -> [n, G, g], or one by one, [n, N, 1], where a list says which group each is in."""
+        return x_nN.unsqueeze(-1) if self.spec.is_indexed else to_groups(x_nN, self.spec.group_size)
+
+    def of_groups(self, value_nG: Tensor) -> Tensor:
+        """Scales or zero points as `grouped` meets them."""
+        return value_nG[:, self.group_index] if self.spec.is_indexed else value_nG  # type: ignore[index]
+
+    def summed(self, x_nN: Tensor) -> Tensor:
+        """[n, N] -> [n, G], the sum of each group."""
+        if not self.spec.is_indexed:
+            return to_groups(x_nN, self.spec.group_size).sum(-1)
+        sums = x_nN.new_zeros(x_nN.shape[0], self.scales().shape[1])
+        return sums.index_add_(1, self.group_index, x_nN)  # type: ignore[arg-type]
 
     def of_elements(self, value_OG: Tensor) -> Tensor:
         """[O, G] -> [O, N]: each group's value at each of its elements."""
         if self.spec.is_indexed:
-            return value_OG[:, self.group_index]  # type: ignore[index]
+            return self.of_groups(value_OG)
         return per_element(value_OG, self.in_features, self.spec.group_size)
 
     def shift(self) -> Tensor | None:

@@ -121,8 +121,8 @@ class WeightQuantizer(nn.Module):
             return weight_ON
         if self.grid is not None:
             return fake_quantized_weight(weight_ON, self.scale_OG, self.zero_point_OG, self.grid)
-        w = self._groups(weight_ON.float())
-        w_hat = grids.fake_quantize(w, *self._grid_of_groups(self.scale, self.zero_point), self.spec.grid, self.g)
+        w = self.groups(weight_ON.float())
+        w_hat = grids.fake_quantize(w, *self.grid_of_groups(self.scale, self.zero_point), self.spec.grid, self.g)
         return from_groups(w_hat, self.in_features).to(weight_ON.dtype)
 
     def rows(self, weight_ON: Tensor, index: Tensor) -> Tensor:
@@ -131,29 +131,29 @@ class WeightQuantizer(nn.Module):
             return weight_ON[index]
         flat = index.flatten()
         scale, zero_point = (t if t.shape[0] == 1 else t[flat] for t in (self.scale, self.zero_point))
-        w = self._groups(weight_ON[flat].float())
-        w_hat = grids.fake_quantize(w, *self._grid_of_groups(scale, zero_point), self.spec.grid, self.g)
+        w = self.groups(weight_ON[flat].float())
+        w_hat = grids.fake_quantize(w, *self.grid_of_groups(scale, zero_point), self.spec.grid, self.g)
         return from_groups(w_hat, self.in_features).to(weight_ON.dtype).unflatten(0, index.shape)
 
     @torch.no_grad()
     def integers(self, weight_ON: Tensor) -> Tensor:
         """The grid's integers, int8 [O, N] (uint8 for 8 asymmetric bits)."""
-        w = self._groups(weight_ON.float())
-        scale, zero_point = self._grid_of_groups(self.scale, self.zero_point)
+        w = self.groups(weight_ON.float())
+        scale, zero_point = self.grid_of_groups(self.scale, self.zero_point)
         return from_groups(grids.encode(w, scale, zero_point, self.spec.grid), self.in_features)
 
     @torch.no_grad()
     def dequantize(self, q_ON: Tensor) -> Tensor:
         """Integers [O, N] -> float32 [O, N]."""
-        scale, zero_point = self._grid_of_groups(self.scale, self.zero_point)
-        return from_groups(grids.decode(self._groups(q_ON), scale, zero_point, self.spec.grid), self.in_features)
+        scale, zero_point = self.grid_of_groups(self.scale, self.zero_point)
+        return from_groups(grids.decode(self.groups(q_ON), scale, zero_point, self.spec.grid), self.in_features)
 
-    def _groups(self, x_ON: Tensor) -> Tensor:
+    def groups(self, x_ON: Tensor) -> Tensor:
         """[O, N] -> [O, G, g], or one by one, [O, N, 1], where a list says which group each is in."""
         return x_ON.unsqueeze(-1) if self.spec.is_indexed else to_groups(x_ON, self.spec.group_size)
 
-    def _grid_of_groups(self, scale_OG1: Tensor, zero_point_OG1: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zero points as `_groups` meets them."""
+    def grid_of_groups(self, scale_OG1: Tensor, zero_point_OG1: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points as `groups` meets them."""
         if not self.spec.is_indexed:
             return scale_OG1, zero_point_OG1
         index: Tensor = self.group_index  # type: ignore[assignment]
@@ -170,10 +170,10 @@ class WeightQuantizer(nn.Module):
         if isinstance(self.spec.grid, NF4):
             return self.dequantize(q_ON)
         qmin, qmax, offset = grids.limits(self.spec.grid)
-        q = self._groups(q_ON).float()
-        scale, zero_point = self._grid_of_groups(self.scale, self.zero_point)
+        q = self.groups(q_ON).float()
+        scale, zero_point = self.grid_of_groups(self.scale, self.zero_point)
         shift = zero_point - offset
-        v = self._groups(weight_ON.float()) / scale + shift
+        v = self.groups(weight_ON.float()) / scale + shift
         low = torch.where(q == qmin, q + 0.02, q - 0.48)
         high = torch.where(q == qmax, q - 0.02, q + 0.48)
         v = torch.minimum(torch.maximum(v, low), high)

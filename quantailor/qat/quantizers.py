@@ -54,7 +54,7 @@ class FrozenIntegers(WeightQuantizer):
 
     def _decoded(self, q_ON: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         scale = scale.detach() + (scale - scale.detach()) * self.g
-        w_hat = grids.decode(self._groups(q_ON), *self._grid_of_groups(scale, zero_point), self.spec.grid)
+        w_hat = grids.decode(self.groups(q_ON), *self.grid_of_groups(scale, zero_point), self.spec.grid)
         return from_groups(w_hat, self.in_features)
 
     def forward(self, weight_ON: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class StraightThrough(WeightQuantizer):
     def forward(self, weight_ON: Tensor) -> Tensor:
         if not self.enabled:
             return weight_ON
-        w = self._groups(weight_ON.float())
-        w_hat = self._on_grid(w, *self._grid_of_groups(self.scale.detach(), self.zero_point))
+        w = self.groups(weight_ON.float())
+        w_hat = self._on_grid(w, *self.grid_of_groups(self.scale.detach(), self.zero_point))
         return from_groups(w_hat, self.in_features).to(weight_ON.dtype)
 
     def rows(self, weight_ON: Tensor, index: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class StraightThrough(WeightQuantizer):
             return weight_ON[index]
         flat = index.flatten()
         scale, zero_point = (t if t.shape[0] == 1 else t[flat] for t in (self.scale.detach(), self.zero_point))
-        w_hat = self._on_grid(self._groups(weight_ON[flat].float()), *self._grid_of_groups(scale, zero_point))
+        w_hat = self._on_grid(self.groups(weight_ON[flat].float()), *self.grid_of_groups(scale, zero_point))
         return from_groups(w_hat, self.in_features).to(weight_ON.dtype).unflatten(0, index.shape)
 
 
@@ -127,8 +127,8 @@ class LearnedZeroPoint(WeightQuantizer):
         if not self.enabled:
             return weight_ON
         qmin, qmax, _ = grids.limits(self.spec.grid)
-        w = self._groups(weight_ON.float())
-        w_hat = lsq_plus(w, *self._grid_of_groups(self.scale, self.learned()), qmin, qmax, g=self.g)
+        w = self.groups(weight_ON.float())
+        w_hat = lsq_plus(w, *self.grid_of_groups(self.scale, self.learned()), qmin, qmax, g=self.g)
         return from_groups(w_hat, self.in_features).to(weight_ON.dtype)
 
     def rows(self, weight_ON: Tensor, index: Tensor) -> Tensor:

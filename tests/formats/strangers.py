@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+sys.modules["quantailor"] = None  # whoever asks for it is told that it is not installed
+
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -34,7 +36,7 @@ def refusal(load):
     try:
         load()
     except Exception as error:
-        return type(error).__name__
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -51,6 +53,7 @@ def main():
         ]
         for f in own
     }
+    del sys.modules["quantailor"]
     result["quantailor_imported"] = any(name.split(".")[0] == "quantailor" for name in sys.modules)
     import quantailor.hf  # noqa: F401
 

@@ -147,6 +147,16 @@ def test_training_goes_on_from_their_integers(made, case):
     assert torch.equal(logits(start), logits(api.load(folder).model))
 
 
+@pytest.mark.parametrize("case", ["gptq 4, act-order", "awq"])
+def test_an_adapter_trains_on_their_integers_and_merges_to_what_was_trained(made, case):
+    settings = api.Settings(steps=4, batch_size=4, evaluations=1, learning_rate=1e-2)
+    trained = api.train(made(case)[0], texts(20, seed=1), teacher=None, lora=4, settings=settings, context=32)
+    merged = api.merge(trained)
+
+    assert merged.is_packed and merged.state.inventory.quantized.keys() == trained.state.inventory.quantized.keys()
+    torch.testing.assert_close(logits(merged.model), logits(trained.model), rtol=1e-5, atol=1e-5)
+
+
 def test_act_order_trains_as_the_layer_with_its_inputs_put_in_turn(made):
     """The slow obvious way: reorder the columns so that groups lie together, quantize plainly, put them back."""
     layer = unpack_model(api.load(made("gptq 4, act-order")[0]).model).get_submodule("model.layers.0.mlp.down_proj")
