@@ -267,7 +267,7 @@ def _cannot(module: Any, kind: str, shape: tuple[int, ...]) -> str | None:
     """Why this module cannot be quantized; None if it can."""
     if kind not in QUANTIZABLE:
         if len(shape) >= 3 and not kind.startswith("Conv"):
-            return f"fused {len(shape)}-D tensor {list(shape)}, as experts are stored: not quantized by this version"
+            return f"fused {len(shape)}-D tensor {list(shape)}, as experts are stored: not quantized in one piece"
         if len(shape) == 2:
             return f"a {kind} is none of {', '.join(QUANTIZABLE)}: kept in float"
         return "not a matrix product: kept in float"

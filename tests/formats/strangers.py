@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["quantailor"] = None  # whoever asks for it is told that it is not installed
-
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -42,6 +40,7 @@ def refusal(load):
 
 def main():
     torch.set_num_threads(1)
+    sys.modules["quantailor"] = None  # whoever asks for it is told that it is not installed
     split = sys.argv.index("--")
     compressed, own = sys.argv[1:split], sys.argv[split + 1 :]
     result = {"stock": {f: difference(auto(f).from_pretrained(f), f) for f in compressed}}
