@@ -58,7 +58,8 @@ def test_what_needs_no_model_loads_nothing_heavy(args):
 
 def test_the_commands_are_those_of_the_design():
     assert [
-        *("plan", "fit", "quantize", "train", "eval", "check", "export", "report", "sensitivity"),
+        *("plan", "fit", "quantize", "train", "eval", "check", "merge", "export", "convert", "report", "search"),
+        "sensitivity",
         *("generate", "calibration", "schemes", "demo"),
     ] == COMMANDS
 
