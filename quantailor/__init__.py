@@ -37,6 +37,7 @@ __all__ = [
     "lora_size",
     "merge",
     "mixed",
+    "nas",
     "pack",
     "pack_module",
     "plan",

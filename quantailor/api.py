@@ -32,6 +32,7 @@ from quantailor.verbs.inventory import InventoryReport, inventory
 from quantailor.verbs.judging import adequacy, check, evaluate, generate
 from quantailor.verbs.mixing import Mixed, mixed
 from quantailor.verbs.model import Model, Result, as_model, examples_for, load, pack, probe_of, save
+from quantailor.verbs.nas import FoundArchitecture, nas
 from quantailor.verbs.planning import Plan, plan
 from quantailor.verbs.quantizing import pack_module, quantize, quantize_module, recipe_for
 from quantailor.verbs.reporting import report
@@ -41,6 +42,7 @@ from quantailor.verbs.training import train, train_folder
 
 __all__ = [
     "FitResult",
+    "FoundArchitecture",
     "Goal",
     "InventoryReport",
     "Keep",
@@ -76,6 +78,7 @@ __all__ = [
     "lora_size",
     "merge",
     "mixed",
+    "nas",
     "pack",
     "pack_module",
     "plan",

@@ -24,6 +24,8 @@ def run(code: list[str], folder: Path) -> str:
         ("rescue_two_bits", ["6"], "QAT"),
         ("cnn_w8a8", [], "w8a8-static: 9"),
         ("inside_block", [], "'equal': True"),
+        ("auto_qat", ["out"], "\nfeasible: w4a16-g32"),
+        ("nas", ["out", "4"], "(at most 900,000)"),
     ],
 )
 def test_example(name, arguments, expected, tmp_path):
@@ -39,5 +41,5 @@ def test_readme_block(page, tmp_path):
 
 
 def test_all_examples_are_run():
-    run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8", "inside_block"}
+    run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8", "inside_block", "auto_qat", "nas"}
     assert {p.stem for p in (ROOT / "examples").glob("*.py")} == run

@@ -28,6 +28,7 @@ from quantailor.cli.fit import fit
 from quantailor.cli.generate import generate
 from quantailor.cli.inventory import inventory
 from quantailor.cli.lora import merge
+from quantailor.cli.nas import nas
 from quantailor.cli.plan import plan
 from quantailor.cli.quantize import quantize
 from quantailor.cli.report import report
@@ -57,6 +58,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "report": report,
     "search": search,
+    "nas": nas,
     "sensitivity": sensitivity,
     "inventory": inventory,
     "generate": generate,

@@ -10,6 +10,7 @@ from quantailor.pages.folders import fitted
 from quantailor.pages.generic import generic
 from quantailor.pages.planned import is_plan, planned
 from quantailor.pages.reading import Found
+from quantailor.pages.recipes import architectures, is_nas, is_search, searched
 from quantailor.pages.searched import is_mix, is_sensitivity, mix, sensitivities
 
 
@@ -24,6 +25,10 @@ def of(value: Any, name: str) -> Document:
         return fitted(data.value, None, None, name)
     if is_sensitivity(data):
         return sensitivities(data, name)
+    if is_search(data):
+        return searched(data, name)
+    if is_nas(data):
+        return architectures(data, name)
     if is_mix(data):
         return mix(data, name)
     return planned(data, name) if is_plan(data) else generic(data, name)

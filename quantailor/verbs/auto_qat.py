@@ -107,7 +107,7 @@ def search(
         space = _suited(space, source, notes)
         for scheme in {point.scheme for point in space.first_points()}:
             folders.choose_format(Recipe(scheme, tuple(rules), one_pass(scheme)).assign(source.model), format)
-        train_data, choosing, judging = _data(source, data, eval_data, context, settings.seed, notes)
+        train_data, choosing, judging = data_for_search(source, data, eval_data, context, settings.seed, notes)
         latency = None if latency_ms is None else Latency(_batch(choosing, latency_tokens), bandwidth)
         looking = time.monotonic()
         reference = reference_for(source.model, judging)
@@ -192,7 +192,7 @@ def _suited(space: Space, model: Model, notes: list[str]) -> Space:
     return dataclasses.replace(space, frozen=left)
 
 
-def _data(
+def data_for_search(
     model: Model, data: Data | Examples, eval_data: Data | Examples | None, context: int, seed: int, notes: list[str]
 ) -> tuple[Examples, Examples, Examples]:
     """(to train on, to choose on, to judge on)."""

@@ -23,9 +23,11 @@ from quantailor.store.manifest import NAME as MANIFEST
 from quantailor.store.manifest import read_manifest
 from quantailor.store.paths import open_regular, shown
 from quantailor.store.publish import recover, write_atomic
+from quantailor.verbs.auto_qat import SEARCH
 from quantailor.verbs.distributions import activation_histogram, fits, weight_histogram, weight_ON
 from quantailor.verbs.judging import generate
 from quantailor.verbs.model import Model, default_probe, load
+from quantailor.verbs.nas import NAS
 
 FIT = "report.json"
 _MOST_JSON = 100_000_000
@@ -96,9 +98,13 @@ def _of_folder(path: Path, look: Look) -> Document:
     receipt = _object(path / RECEIPT)
     fit = _object(path / FIT) if (path / FIT).exists() else None
     name = path.resolve().name
-    document = (
-        folders.fitted(fit, receipt, manifest, name) if fit is not None else folders.saved(receipt, manifest, name)
-    )
+    searched = next((path / file for file in (SEARCH, NAS) if (path / file).exists()), None)
+    if searched is not None:
+        document = results.of(read_json(searched, max_bytes=_MOST_JSON), name)
+    elif fit is not None:
+        document = folders.fitted(fit, receipt, manifest, name)
+    else:
+        document = folders.saved(receipt, manifest, name)
     return _with_model(document, path, look) if look.weights else document
 
 

@@ -16,6 +16,7 @@ from quantailor.pages.several import compared
 from tests.pages.browser import Browser, found
 from tests.pages.making import FIT, HOSTILE, MANIFEST, RECEIPT, Page, hostile_fit
 from tests.pages.test_document import PLAN
+from tests.pages.test_recipes import NAS, SEARCH
 
 
 def fit_page(data=FIT, language="en"):
@@ -30,6 +31,8 @@ DOCUMENTS = {
     "quantize": folders.saved(RECEIPT, MANIFEST, "w4"),
     "plan": results.of(PLAN, "plan.json"),
     "several": compared([("a", FIT), ("b", {**FIT, "size_bytes": 2_000_000})], "runs"),
+    "search": results.of(SEARCH, "search.json"),
+    "nas": results.of(NAS, "nas.json"),
     "other": results.of({"speed": 3, "rows": [{"name": "a", "ms": 1}, {"name": "b", "ms": 2}]}, "bench.json"),
     "text": TEXT,
 }
