@@ -1,9 +1,9 @@
 """Does a score under quantization rank architectures as training does, and does it beat float NAS followed by QAT?
 
-    python bench/nas.py [--seeds 0] [--steps 40] [--supernet 150] [--out bench/results/nas.json]
+    python bench/nas.py [--only tau | comparison] [--seeds 0] [--steps 16] [--supernet 80] [--out FILE]
 
 stories260k as the largest network, windows of 64 tokens of TinyStories. For each seed: a supernet trained on grids; 12
-networks of it drawn evenly, scored (shared weights, RTN on their own grid, 64 held-out training rows) and each trained
+networks of it drawn evenly, scored (shared weights, RTN on their own grid, held-out training rows) and each trained
 by QAT; Kendall's tau between score and the loss on validation text afterwards. Beside it the tau of the packed bytes
 alone, which cost nothing to know. Then both searches at equal compute, within the bytes of a network in the middle of
 the space: ours chooses shape and bits under quantization; float NAS trains its supernet in float, scores shapes in
@@ -35,16 +35,16 @@ from quantailor.verbs.nas import trained_part
 
 DATA = Path(os.environ.get("QUANTAILOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SPACE = ArchitectureSpace(depth=(3, 4, 5), width=(32, 48, 64), heads=(4, 6, 8), ffn=(86, 128, 172), bits=(4, 3, 2))
-CONTEXT, CHOOSING, JUDGING, TRAINED, CANDIDATES = 64, 64, 400, 12, 24
+CONTEXT, ROWS, CHOOSING, JUDGING, TRAINED, CANDIDATES = 64, 3000, 32, 200, 12, 24
 
 
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.model = options, load(DATA / "models" / "stories260k")
         text = DATA / "text" / "tinystories"
-        self.train, held = split(examples_for(self.model, text / "train.txt", context=CONTEXT), 0.1, 0)
+        self.train, held = split(examples_for(self.model, text / "train.txt", context=CONTEXT, limit=ROWS), 0.1, 0)
         self.choosing = held.take(CHOOSING)
-        self.valid = examples_for(self.model, text / "valid.txt", context=CONTEXT).take(JUDGING)
+        self.valid = examples_for(self.model, text / "valid.txt", context=CONTEXT, limit=JUDGING)
         held_file = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
         same = held_file.get("settings") == self.settings_json()
         self.data: dict[str, Any] = held_file if same else {"settings": self.settings_json(), "seeds": {}}
@@ -73,7 +73,7 @@ class Bench:
     def final(self, net: Supernet, one: Architecture, seed: int) -> float:
         """Nats a token on validation text after QAT."""
         settings = Settings(steps=self.options.steps, batch_size=8, evaluations=2, seed=seed)
-        made, _ = trained_part(net, one, self.model, self.train, self.choosing, settings, samples=16)
+        made, _ = trained_part(net, one, self.model, self.train, self.choosing, settings, samples=8)
         return evaluate_lm(made.model, self.valid).nats_per_token
 
     def seed(self, seed: int) -> None:
@@ -90,16 +90,17 @@ class Bench:
             one = SPACE.drawn(draw)
             if one not in drawn:
                 drawn.append(one)
-        for one in drawn[len(row["networks"]) :]:
+        for one in drawn[len(row["networks"]) :] if self.options.only != "comparison" else []:
             found = {"name": str(one), "score": score(one), "size_bytes": packed_size(net, one)}
             row["networks"].append(found | {"final": self.final(net, one, seed)})
             print(row["networks"][-1], file=sys.stderr, flush=True)
             self.write()
-        scores, finals = ([n[key] for n in row["networks"]] for key in ("score", "final"))
-        row["tau"] = kendall_tau(scores, finals)
-        row["tau_of_bytes"] = kendall_tau([-n["size_bytes"] for n in row["networks"]], finals)
-        self.write()
-        if "comparison" not in row:
+        if len(row["networks"]) == TRAINED:
+            scores, finals = ([n[key] for n in row["networks"]] for key in ("score", "final"))
+            row["tau"] = kendall_tau(scores, finals)
+            row["tau_of_bytes"] = kendall_tau([-n["size_bytes"] for n in row["networks"]], finals)
+            self.write()
+        if "comparison" not in row and self.options.only != "tau":
             row["comparison"] = self.comparison(net, score, seed)
             self.write()
 
@@ -127,13 +128,16 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--supernet", type=int, default=150)
+    parser.add_argument("--only", choices=("tau", "comparison"), help="one question of the two")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--supernet", type=int, default=80)
     parser.add_argument("--out", type=Path)
     bench = Bench(parser.parse_args())
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     for seed in bench.options.seeds:
         bench.seed(seed)
+    bench.data["processor_seconds_of_last_call"] = time.process_time()
+    bench.write()
     print(json.dumps(bench.data))
 
 
