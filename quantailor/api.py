@@ -34,8 +34,10 @@ from quantailor.verbs.mixing import Mixed, mixed
 from quantailor.verbs.model import Model, Result, as_model, examples_for, load, pack, probe_of, save
 from quantailor.verbs.nas import FoundArchitecture, nas
 from quantailor.verbs.planning import Plan, plan
+from quantailor.verbs.probing import Probe, probe
 from quantailor.verbs.quantizing import pack_module, quantize, quantize_module, recipe_for
 from quantailor.verbs.reporting import report
+from quantailor.verbs.retasking import Retasked, retask
 from quantailor.verbs.searched import Searched
 from quantailor.verbs.sensitivity import Sensitivity, sensitivity
 from quantailor.verbs.training import train, train_folder
@@ -51,9 +53,11 @@ __all__ = [
     "Model",
     "Plan",
     "Points",
+    "Probe",
     "QuantizedFolder",
     "Recipe",
     "Result",
+    "Retasked",
     "Rule",
     "Scheme",
     "Searched",
@@ -82,12 +86,14 @@ __all__ = [
     "pack",
     "pack_module",
     "plan",
+    "probe",
     "probe_of",
     "quantize",
     "quantize_folder",
     "quantize_module",
     "recipe_for",
     "report",
+    "retask",
     "save",
     "save_adapter",
     "save_base",

@@ -50,6 +50,11 @@ class Rule:
         """Whether it leaves what it hits in float."""
         return isinstance(self.action, Keep) or self.action.is_float
 
+    @property
+    def is_by_size(self) -> bool:
+        """Whether it asks for nothing but a size: then it is about matrices, not about norms, which are small."""
+        return self.pattern is None and self.module_type is None
+
     def matches(self, name: str, kind: str, num_weights: int) -> bool:
         return (
             (self.pattern is None or fnmatch.fnmatchcase(name, self.pattern))
@@ -173,7 +178,8 @@ class Recipe:
             shape: tuple[int, ...] = max((tuple(p.shape) for _, p in own), key=len)
             hits = [i for i, rule in enumerate(self.rules) if rule.matches(name, kind, num_weights)]
             cannot = _cannot(module, kind, shape)
-            used.update(i for i in hits if cannot is None or self.rules[i].keeps)
+            by_name = [i for i in hits if self.rules[i].keeps and not self.rules[i].is_by_size]
+            used.update(hits if cannot is None else by_name)
             beside.update((i, f"{name}, a {kind} ({cannot})") for i in hits if i not in used)
             scheme, reason = self._decide(name, module, kind, cannot, blocks, head, hits)
             if scheme is not None:
@@ -209,7 +215,7 @@ class Recipe:
         if hits:
             rule = self.rules[hits[0]]
             if isinstance(rule.action, Keep):
-                return None, rule.action.reason
+                return None, cannot if cannot and rule.is_by_size else rule.action.reason
             if cannot is None:
                 return None if rule.action.is_float else rule.action, f"rule: {rule}"
         if cannot is not None:

@@ -192,6 +192,40 @@ def points_table() -> str:
     return "\n".join(lines)
 
 
+def savers_table() -> str:
+    """One way of saving switched on: time, memory and metric beside the same training without it."""
+    data = read("savers")
+    head = "| switched on | time of a step | backward | peak memory | nats a token | change |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|"]
+    for name, row in data["rows"].items():
+        cells = []
+        for span in (row.get("time", {}).get("step"), row.get("time", {}).get("backward"), row.get("memory")):
+            cells.append(f"{span['median']:.2f} ({span['min']:.2f} to {span['max']:.2f})" if span else "the same step")
+        change = row.get("change")
+        nats = f"{row['nats']['mean']:.4f}" if "nats" in row else "–"
+        low_high = change["interval"] if change and name != "nothing" else None
+        moved = f"{change['mean']:+.4f} ({low_high[0]:+.4f} to {low_high[1]:+.4f})" if low_high else "–"
+        lines.append(f"| {name} | {' | '.join(cells)} | {nats} | {moved} |")
+    return "\n".join(lines)
+
+
+def mobilenet_table() -> str:
+    lines = ["| weights and activations | PTQ | QAT | packed |", "|---|---:|---:|---:|"]
+    ways = read("mobilenet")["ways"]
+
+    def cell(way: str) -> str:
+        row = ways[way]
+        low_high = row["interval"]
+        spread = f" ({low_high[0]:.1%} to {low_high[1]:.1%})" if low_high else ""
+        return f"{row['mean']:.1%}{spread}"
+
+    lines.append(f"| float | {cell('float')} | {cell('float+')} (trained as long) | – |")
+    for scheme in [way.removesuffix(" PTQ") for way in ways if way.endswith(" PTQ")]:
+        cells = (cell(f"{scheme} {way}") for way in ("PTQ", "QAT", "packed"))
+        lines.append(f"| {scheme} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = {
         "demo": lambda: "```\n" + table(read("demo")) + "\n```",
@@ -205,6 +239,8 @@ def main() -> None:
         "ptq512": absolute_table,
         "cost": cost_table,
         "points": points_table,
+        "savers": savers_table,
+        "mobilenet": mobilenet_table,
     }
     for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md"):
         path = ROOT / page

@@ -26,6 +26,11 @@ def run(code: list[str], folder: Path) -> str:
         ("inside_block", [], "'equal': True"),
         ("auto_qat", ["out"], "\nfeasible: w4a16-g32"),
         ("nas", ["out", "4"], "(at most 900,000)"),
+        ("hybrid", [], "activation ranges trained: 5 steps, perplexity"),
+        ("partial", [], "upper half trained perplexity"),
+        ("cnn_qat", [], "'equal': True"),
+        ("probe", [], "forecast of 100 steps"),
+        ("new_task", [], "tune quantized - restore"),
     ],
 )
 def test_example(name, arguments, expected, tmp_path):
@@ -42,4 +47,5 @@ def test_readme_block(page, tmp_path):
 
 def test_all_examples_are_run():
     run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8", "inside_block", "auto_qat", "nas"}
+    run |= {"hybrid", "partial", "cnn_qat", "probe", "new_task"}
     assert {p.stem for p in (ROOT / "examples").glob("*.py")} == run

@@ -131,6 +131,22 @@ def test_a_rule_holds_where_all_its_conditions_do():
     assert str(Rule(W8)) == "every module"
 
 
+def test_small_layers_stay_float_and_each_other_one_keeps_its_own_reason():
+    """Partial quantization by size: the default scheme for what is large, norms, embeddings and head as ever."""
+    found = assign(zoo.llama(), Rule(Keep("rule: size<1000=keep"), fewer_than=1000))
+    quantized = {n.split(".")[-1] for n, e in found.items() if e.scheme is not None}
+    assert quantized == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    reasons = {n.split(".")[-1]: e.reason for n, e in found.items() if e.scheme is None}
+    assert reasons["k_proj"] == reasons["v_proj"] == "rule: size<1000=keep"
+    assert reasons["norm"] == reasons["input_layernorm"] == "not a matrix product: kept in float"
+    assert reasons["embed_tokens"].startswith("embedding: kept") and reasons["lm_head"].startswith("output head: kept")
+
+
+def test_a_size_that_only_norms_fall_under_is_refused():
+    with pytest.raises(UsageError, match=r"hits only what cannot be quantized, such as .*norm.*fewer than 100"):
+        assign(zoo.llama(), Rule(Keep("small"), fewer_than=100))
+
+
 def test_rules_reach_the_head_and_embeddings():
     found = assign(zoo.llama(), Rule(W8, module_type="Embedding"), Rule(W8, pattern="lm_head"))
     assert found["model.embed_tokens"].scheme == W8 and found["lm_head"].scheme == W8

@@ -30,8 +30,10 @@ from quantailor.cli.inventory import inventory
 from quantailor.cli.lora import merge
 from quantailor.cli.nas import nas
 from quantailor.cli.plan import plan
+from quantailor.cli.probe import probe
 from quantailor.cli.quantize import quantize
 from quantailor.cli.report import report
+from quantailor.cli.retask import retask
 from quantailor.cli.schemes import schemes
 from quantailor.cli.search import search
 from quantailor.cli.sensitivity import sensitivity
@@ -51,6 +53,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "quantize": quantize,
     "train": train,
+    "probe": probe,
+    "retask": retask,
     "eval": evaluate,
     "check": check,
     "merge": merge,

@@ -39,7 +39,8 @@ RuleOption = Annotated[
     list[str] | None,
     typer.Option(
         "--rule",
-        help="PATTERN=SCHEME, PATTERN=SCHEME:METHOD or PATTERN=keep, such as '*.down_proj=w8a16:rtn'; "
+        help="PATTERN=SCHEME, PATTERN=SCHEME:METHOD or PATTERN=keep, such as '*.down_proj=w8a16:rtn'; in place of a "
+        "name, or joined to it by &: type:Linear, size>100000, size<5000 (weights), such as 'size<5000=keep'; "
         "first match decides; repeatable; @FILE reads a rule a line",
     ),
 ]
@@ -62,7 +63,8 @@ FormatOption = Annotated[
 
 
 def rules(texts: list[str] | None) -> list[Rule]:
-    """`PATTERN=SCHEME[:METHOD]` or `PATTERN=keep`, in order; `@FILE` stands for the lines of a file.
+    """`PATTERN=SCHEME[:METHOD]` or `PATTERN=keep`, in order; `@FILE` stands for the lines of a file. PATTERN: a name,
+    `type:NAME`, `size>N`, `size<N`, or several of them joined by `&`.
 
     Raises: UsageError on another form or unknown scheme, and for a file that cannot be read.
     """
@@ -75,7 +77,7 @@ def rules(texts: list[str] | None) -> list[Rule]:
         if scheme == "keep" and method:
             raise UsageError(f"--rule {text!r} keeps what it hits and names a method; leave one of the two out")
         kept = Keep(f"rule: {text}") if scheme == "keep" else Scheme.parse(scheme)
-        result.append(Rule(kept, pattern=pattern, method=method or None))
+        result.append(Rule(kept, method=method or None, **_conditions(pattern, text)))
     return result
 
 
@@ -90,6 +92,27 @@ def points(texts: list[str] | None) -> dict[str, str]:
             raise UsageError(f"--point {name} is given twice; give it once")
         result[name] = spec
     return result
+
+
+_SIZE = {">": "more_than", "<": "fewer_than"}
+
+
+def _conditions(pattern: str, text: str) -> dict[str, Any]:
+    """What a rule asks of a module, as fields of `Rule`."""
+    found: dict[str, Any] = {}
+    for part in pattern.split("&"):
+        name, value = "pattern", part
+        if part.startswith("type:"):
+            name, value = "module_type", part.removeprefix("type:")
+        elif part.startswith(("size>", "size<")):
+            name, value = _SIZE[part[4]], part[5:]
+        if not value or name in found or (name in _SIZE.values() and not value.isdecimal()):
+            raise UsageError(
+                f"--rule {text!r}: {part!r} is no condition, or comes twice; "
+                "use a name, type:Linear, size>100000, size<5000"
+            )
+        found[name] = int(value) if name in _SIZE.values() else value
+    return found
 
 
 def _lines(texts: list[str]) -> list[str]:

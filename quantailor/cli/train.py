@@ -24,6 +24,9 @@ def train(
         Path | None, typer.Option(help="chooses the best iterate; by default a tenth of --data")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="by default from the table by bits", min=1)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="passes over --data in place of --steps: 1 or 2 behind PTQ is a usual hybrid")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="of the weights; by default from the table by bits and size")
     ] = None,
@@ -35,8 +38,16 @@ def train(
         float, typer.Option(help="weight of the task's own loss beside the KL to the teacher", min=0)
     ] = 0.0,
     trains: Annotated[
-        str, typer.Option(help="`all`, or `scales`: integers stay as PTQ left them, and the optimizer is tiny")
+        str,
+        typer.Option(
+            help="`all`; `scales`: integers stay as PTQ left them, and the optimizer is tiny; `ranges`: only the "
+            "scales of static inputs trains"
+        ),
     ] = "all",
+    train_only: Annotated[
+        list[str] | None,
+        typer.Option(help="pattern of layers that train, such as '*.down_proj'; all others stay as PTQ left them"),
+    ] = None,
     gradient: Annotated[str, typer.Option(help="lsq, lsq+ (learned zero points), ste, pact")] = "lsq",
     cage: Annotated[float, typer.Option(help="strength of the pull towards the grid", min=0)] = 0.0,
     average: Annotated[
@@ -114,7 +125,9 @@ def train(
         batch_size=batch_size,
         accumulate=accumulate,
         task_weight=task_weight,
+        epochs=epochs,
         trains=trains,
+        train_only=tuple(train_only or ()),
         gradient=gradient,
         cage=cage,
         average=average,

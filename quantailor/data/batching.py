@@ -45,14 +45,15 @@ class LMDataset(Dataset[Row]):
 
 
 class RecordDataset(Dataset[Row]):
-    """Rows of their own length: lists of token ids with `attention_mask` and `labels` (one for the row, or per token).
+    """Rows of their own length: lists of token ids with `attention_mask` and `labels` (one for the row, or per token);
+    or images, `pixel_values` float32 [C, H, W] with their label.
 
-    Raises: UsageError on a row without `input_ids` or `labels`.
+    Raises: UsageError on a row without `input_ids` (or `pixel_values`) or `labels`.
     """
 
     def __init__(self, encodings: Sequence[Row]) -> None:
         for index, row in enumerate(encodings):
-            if not row.get("input_ids") or "labels" not in row:
+            if not (row.get("input_ids") or "pixel_values" in row) or "labels" not in row:
                 raise UsageError(f"row {index} has {sorted(row)}; every row needs input_ids (not empty) and labels")
         self.rows = list(encodings)
 
@@ -64,15 +65,24 @@ class RecordDataset(Dataset[Row]):
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(row["input_ids"]) for row in self.rows)
+        return sum(length_of(row) for row in self.rows)
 
     def fingerprint(self) -> str:
         """The sha256 of every row's token ids and labels, in hexadecimal."""
         return hashlib.sha256(b"".join(row_digest(row) for row in self.rows)).hexdigest()
 
 
+def length_of(row: Row) -> int:
+    """How many tokens a row has; an image counts as one."""
+    return len(row["input_ids"]) if "input_ids" in row else 1
+
+
 def row_digest(row: Row) -> bytes:
-    """The sha256 of a record's token ids and labels."""
+    """The sha256 of a record's token ids and labels, or of an image's numbers and its label."""
+    if "pixel_values" in row:
+        pixels: Tensor = row["pixel_values"]
+        shape = repr((tuple(pixels.shape), row["labels"]))
+        return hashlib.sha256(shape.encode() + pixels.contiguous().numpy().tobytes()).digest()
     return hashlib.sha256(repr((list(row["input_ids"]), row["labels"])).encode()).digest()
 
 
@@ -97,6 +107,14 @@ class PadCollator:
         for line, value in zip(batch, values):
             line[: len(value)] = torch.as_tensor(value, dtype=torch.int64)
         return batch
+
+
+class ImageCollator(PadCollator):
+    """Images of one size to one batch: `pixel_values` float32 [batch, C, H, W], labels int64 [batch]."""
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        labels = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+        return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
 
 
 def batches(

@@ -43,6 +43,11 @@ class Examples:
         return len(self.label_names)
 
     @property
+    def are_images(self) -> bool:
+        """Whether rows are pixels, not tokens."""
+        return "pixel_values" in self.dataset[0]
+
+    @property
     def windows(self) -> LMWindows | None:
         """The token stream of a language model's text; None for rows of instructions or of classes."""
         return self.dataset.windows if isinstance(self.dataset, LMDataset) else None
@@ -68,7 +73,8 @@ class Examples:
         notes = []
         if len(rows) < asked:
             notes.append(f"{asked:,} rows were asked for, {self.source} has {len(rows):,}: each is used once")
-        different = {torch.as_tensor(self.dataset[row]["input_ids"]).numpy().tobytes() for row in rows}
+        name = "pixel_values" if self.are_images else "input_ids"
+        different = {torch.as_tensor(self.dataset[row][name]).numpy().tobytes() for row in rows}
         if repeated := len(rows) - len(different):
             notes.append(f"{repeated:,} of {len(rows):,} rows repeat another, token for token")
         return notes
@@ -82,6 +88,20 @@ class Examples:
         if isinstance(self.dataset, LMDataset):
             return self.replaced(LMDataset(self.dataset.windows.first(limit)))
         return self.replaced(RecordDataset(self.dataset.rows[:limit]))
+
+    def drawn(self, limit: int, seed: int) -> "Examples":
+        """`limit` rows (all, where there are fewer) drawn by `seed`, in their own order. Raises: UsageError below 1."""
+        if limit < 1:
+            raise UsageError(f"limit={limit} leaves no rows; use 1 or more")
+        rows = sorted(batching.drawn_rows(len(self), limit, seed))
+        if isinstance(self.dataset, LMDataset):
+            windows = self.dataset.windows
+            names, numbers = windows.document_ids[rows].unique(return_inverse=True)
+            chosen = dataclasses.replace(
+                windows, input_ids=windows.input_ids[rows], document_ids=numbers, num_documents=len(names)
+            )
+            return self.replaced(LMDataset(chosen))
+        return self.replaced(RecordDataset([self.dataset.rows[row] for row in rows]))
 
     def replaced(self, dataset: LMDataset | RecordDataset, *notes: str) -> "Examples":
         """The same with other rows, and further notes."""

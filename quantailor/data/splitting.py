@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from quantailor.data.batching import LMDataset, RecordDataset, row_digest
+from quantailor.data.batching import LMDataset, RecordDataset, length_of, row_digest
 from quantailor.data.examples import Examples
 from quantailor.data.streams import LMWindows, cut
 from quantailor.errors import UntrustedInput, UsageError
@@ -28,7 +28,7 @@ def split(examples: Examples, fraction: float, seed: int = 0) -> tuple[Examples,
     if isinstance(examples.dataset, LMDataset):
         return _split_windows(examples, examples.dataset.windows, fraction, seed)
     digests = [row_digest(row) for row in examples.dataset.rows]
-    lengths = torch.tensor([len(row["input_ids"]) for row in examples.dataset.rows])
+    lengths = torch.tensor([length_of(row) for row in examples.dataset.rows])
     held = _drawn(digests, lengths, fraction, seed)
     parts = [[row for row, out in zip(examples.dataset.rows, held.tolist()) if out == want] for want in (False, True)]
     if not all(parts):

@@ -291,6 +291,8 @@ def examine(
     for name, value in (("samples", samples), ("splits", splits), ("max_layers", max_layers), ("at_most", at_most)):
         if value is not None and value < 1:
             raise UsageError(f"{name}={value} leaves nothing to look at; use 1 or more")
+    if calibration.are_images:
+        raise UsageError(f"{calibration.source} holds images, and only rows of tokens can be looked at; leave it out")
     if evaluation is not None and evaluation.task != calibration.task:
         raise UsageError(
             f"{calibration.source} is for {calibration.task}, {evaluation.source} for {evaluation.task}; "

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from quantailor.data.batching import length_of
 from quantailor.data.examples import Examples
 from quantailor.errors import UsageError
 from quantailor.evaluate import bootstrap, metrics
@@ -139,7 +140,7 @@ def _log_probs(model: nn.Module, examples: Examples, batch_size: int, progress: 
         raise UsageError(f"batch_size={batch_size} leaves nothing to do; use 1 or more")
     rows = examples.dataset
     # Longest first: rows of a batch then need little padding, and a batch that does not fit is the first one
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    order = sorted(range(len(rows)), key=lambda index: -length_of(rows[index]))
     found: list[Tensor] = []
     with measuring(model) as device:
         for start in range(0, len(order), batch_size):

@@ -18,17 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantailor.errors import QuantailorError, UntrustedInput, UsageError
 from quantailor.evaluate.parity import Digests, digests
 from quantailor.formats import layout, plugin
-from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
+from quantailor.models.loading import CLASSES, Task, check_shapes, load_reader, quiet_transformers, task_of
 from quantailor.models.prepare import FAKE_QUANT, PACKED, SIMULATED, State, packed_twin, state_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.packed import PackedWeight
@@ -44,7 +41,6 @@ from quantailor.store.untrusted import check_finite, scan_model_folder
 
 RECEIPT = "quantailor.json"
 PARITY = "parity.safetensors"
-_CLASSES = {"lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Folder:
     """A loaded quantized folder."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # PreTrainedTokenizerBase; ImageProcessor where the task is images
     task: Task
     state: State
     format: layout.Format
@@ -78,7 +74,7 @@ def choose_format(inventory: Inventory, wanted: str | None) -> tuple[layout.Form
 def write_folder(
     folder: Path,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     format: str | None = None,
     probe: Mapping[str, Tensor] | None = None,
@@ -112,7 +108,7 @@ def write_folder(
 
 def write_rest(
     folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     state: State,
     chosen: layout.Format,
     why: str,
@@ -137,6 +133,7 @@ def write_rest(
             "format_reason": why,
             "coverage": state.inventory.coverage,
             "notes": state.notes,
+            **({"folded": state.folded} if state.folded else {}),
             "inventory": [
                 {**entry.to_json(), "spec": to_json(entry.scheme) if entry.scheme else None, **_report(state, entry)}
                 for entry in state.inventory
@@ -303,7 +300,7 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     )
     config.quantization_config = quantization.to_dict()
     try:
-        architecture: Any = _CLASSES[task]._model_mapping[type(config)]  # type: ignore[index]
+        architecture: Any = CLASSES[task]._model_mapping[type(config)]  # type: ignore[index]
         with torch.device("meta"):
             plugin.install_packed(skeleton := architecture(config), quantization)
         check_shapes(folder, skeleton, {name: tensor.shape for name, tensor in state_dict.items()})
@@ -316,7 +313,7 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     model.quantailor_state = state
     return Folder(
         model,
-        load_tokenizer(folder),
+        load_reader(folder, task),
         task,
         state,
         "quantailor" if own else "compressed-tensors",
@@ -364,9 +361,11 @@ def _state(receipt: dict[str, Any], folder: Path) -> State:
     except (AttributeError, KeyError, TypeError, UsageError) as error:
         raise UntrustedInput(f"{folder / RECEIPT} is damaged: {error}") from error
     layers = {e["name"]: e["report"] for e in receipt["inventory"] if "report" in e}
-    return State(
-        scheme, Inventory(tuple(entries), points), receipt.get("method", "none"), list(receipt.get("notes", [])), layers
-    )
+    folded = receipt.get("folded", [])
+    if not isinstance(folded, list) or not all(isinstance(name, str) for name in folded):
+        raise UntrustedInput(f"{folder / RECEIPT} is damaged: folded must be a list of names")
+    inventory, notes = Inventory(tuple(entries), points), list(receipt.get("notes", []))
+    return State(scheme, inventory, receipt.get("method", "none"), notes, layers, folded)
 
 
 def _is_sound(entry: Entry) -> bool:
@@ -425,6 +424,8 @@ def _check_agreement(config: dict[str, Any], quantization: plugin.QuantailorConf
         if groups != layout.compressed_tensors_config(state.inventory)["config_groups"]:
             raise UntrustedInput(f"config.json quantizes other layers or grids than {RECEIPT} says; use a sound copy")
         return
+    if quantization.folded != state.folded:
+        raise UntrustedInput(f"config.json and {RECEIPT} tell different things of folded norms; use a sound copy")
     said: dict[str, Any] = {
         name: (from_json(quantization.schemes[layer["scheme"]]), layer["kind"], layer.get("tied_to"))
         for name, layer in quantization.layers.items()
@@ -506,8 +507,15 @@ def stored_probe(folder: Path, config: Any) -> tuple[dict[str, Tensor], Tensor] 
         raise UntrustedInput(f"{path} cannot be read: {error}") from error
     logits = tensors.pop("logits", None)
     inputs = {k.removeprefix("input."): v for k, v in tensors.items() if k.startswith("input.")}
+    if set(inputs) == {"pixel_values"}:
+        pixels, channels = inputs["pixel_values"], getattr(config, "num_channels", 3)
+        sound = pixels.ndim == 4 and pixels.numel() > 0 and pixels.shape[1] == channels and pixels.is_floating_point()
+        sound = sound and bool(torch.isfinite(pixels).all()) and _are_logits(logits, len(pixels))
+        if not sound or len(tensors) != 1:
+            raise UntrustedInput(f"{path} holds no images that this model could run on; use a sound copy")
+        return inputs, logits  # type: ignore[return-value]
     limits = {
-        "input_ids": config.vocab_size,
+        "input_ids": getattr(config, "vocab_size", 0),
         "attention_mask": 2,
         "token_type_ids": getattr(config, "type_vocab_size", 1),
     }
@@ -519,14 +527,17 @@ def stored_probe(folder: Path, config: Any) -> tuple[dict[str, Tensor], Tensor] 
         and shape[1] <= (getattr(config, "max_position_embeddings", None) or shape[1])
         and all(k in limits and v.shape == shape and v.dtype == torch.int64 for k, v in inputs.items())
         and all(int(v.min()) >= 0 and int(v.max()) < limits[k] for k, v in inputs.items())
-        and logits is not None
-        and logits.is_floating_point()
-        and len(logits) == shape[0]
-        and bool(torch.isfinite(logits).all())
+        and _are_logits(logits, shape[0])
     )
     if not sound:
         raise UntrustedInput(f"{path} holds no probe that this model could run on; use a sound copy")
     return inputs, logits  # type: ignore[return-value]
+
+
+def _are_logits(logits: Tensor | None, rows: int) -> bool:
+    if logits is None or not logits.is_floating_point():
+        return False
+    return len(logits) == rows and bool(torch.isfinite(logits).all())
 
 
 def expected_digests(receipt: dict[str, Any]) -> Digests:

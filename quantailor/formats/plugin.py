@@ -37,7 +37,8 @@ class QuantailorConfig(QuantizationConfigMixin):
     """`quantization_config` of our own layout: a scheme a layer, by exact name.
 
     `schemes`: JSON of each scheme; `layers`: name -> {"scheme": index, "kind", "shape" [O, N], "bias", and where they
-    apply "conv", "tied_to"}; `points`: the quantized ones, as `PointEntry.to_json` has them.
+    apply "conv", "tied_to"}; `points`: the quantized ones, as `PointEntry.to_json` has them; `folded`: names of norms
+    that are part of a convolution, and gone.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class QuantailorConfig(QuantizationConfigMixin):
         schemes: list[Any] | None = None,
         layers: dict[str, Any] | None = None,
         points: list[Any] | None = None,
+        folded: list[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = "quantailor"  # type: ignore[assignment]
         self.version, self.schemes, self.layers = version, schemes or [], layers or {}
         self.points = points or []
+        self.folded = folded or []
         if type(version) is not int or version < 1:
             raise UntrustedInput(f"the folder says format version {version!r}, which never was one; it is damaged")
         if version > FORMAT_VERSION:
@@ -128,6 +131,10 @@ def _install(model: nn.Module, config: QuantailorConfig, device: str) -> None:
         else:
             new = QuantLinear(scheme, weight, bias)
         replace(model, name, new.train(old.training))
+    for name in config.folded:
+        if not isinstance(model.get_submodule(name), nn.BatchNorm2d):
+            raise UntrustedInput(f"the config has {name} folded, and that is no BatchNorm2d; the folder is damaged")
+        replace(model, name, nn.Identity())
     _untie(model, config)
     install_points(model, [PointEntry.from_json(point) for point in config.points], packed=True, device=device)
 
@@ -242,4 +249,5 @@ def own_config(
     schemes = [to_json(scheme) for scheme in from_scheme]
     points = [point.to_json() for point in state.inventory.points if point.spec is not None]
     found = {"quant_method": "quantailor", "version": 1, "schemes": schemes, "layers": layers}
-    return {**found, "version": 2, "points": points} if points else found
+    more = ({"points": points} if points else {}) | ({"folded": state.folded} if state.folded else {})
+    return {**found, "version": 2, **more} if more else found

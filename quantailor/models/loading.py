@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -31,19 +32,24 @@ from transformers.utils import logging as transformers_logging
 from quantailor.errors import UntrustedInput, UsageError
 from quantailor.models.experts import split_experts
 from quantailor.store.header import TensorFact
+from quantailor.store.processor import ImageProcessor
 from quantailor.store.tensors import DTYPES, read_tensor
 from quantailor.store.untrusted import ModelFiles, check_finite, scan_model_folder
 
-Task = Literal["lm", "classification"]
-_CLASSES = {"lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+Task = Literal["lm", "classification", "images"]
+CLASSES = {
+    "lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "images": AutoModelForImageClassification,
+}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what it needs to read text."""
+    """A model with what it needs to read text, or images."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # PreTrainedTokenizerBase; ImageProcessor where the task is images
     task: Task
     notes: tuple[str, ...]
 
@@ -60,7 +66,14 @@ def task_of(config: dict[str, Any]) -> Task | None:
     names = " ".join(map(str, listed)) if isinstance(listed, list) else ""
     if "ForCausalLM" in names or "LMHead" in names:
         return "lm"
+    if "ForImageClassification" in names:
+        return "images"
     return "classification" if "ForSequenceClassification" in names else None
+
+
+def load_reader(folder: Path, task: Task) -> Any:
+    """The tokenizer, or what stands in its place for images. Raises: UntrustedInput if it cannot be read."""
+    return ImageProcessor.read(folder) if task == "images" else load_tokenizer(folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -91,7 +104,7 @@ def load_float(folder: Path, task: Task | None = None, num_labels: int | None = 
         )
     shapes = {name: fact.shape for name, fact in files.tensors.items()}
     model, notes = _from_pretrained(folder, chosen, shapes, new_head=is_bare, num_labels=num_labels)
-    return Loaded(model, load_tokenizer(folder), chosen, notes)
+    return Loaded(model, load_reader(folder, chosen), chosen, notes)
 
 
 def _checked(folder: Path, task: Task | None) -> tuple[ModelFiles, Task | None, bool]:
@@ -171,11 +184,13 @@ def open_skeleton(folder: Path) -> Skeleton:
     files, task, is_bare = _checked(folder, None)
     if task is None or is_bare:
         raise NotInParts("it has no head")
+    if task == "images":
+        raise NotInParts("its norms are folded into convolutions before anything is quantized")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         dtype = torch.float32 if config.dtype is None else config.dtype
         with torch.device("meta"):
-            model = _CLASSES[task].from_config(config, dtype=dtype)
+            model = CLASSES[task].from_config(config, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise NotInParts(f"its architecture cannot be made without its weights ({type(error).__name__})") from error
     if model._get_dtype_plan(dtype):
@@ -221,9 +236,9 @@ def _from_pretrained(
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         with torch.device("meta"):
-            skeleton = _CLASSES[task].from_config(config)
+            skeleton = CLASSES[task].from_config(config)
         check_shapes(folder, skeleton, shapes)
-        model, info = _CLASSES[task].from_pretrained(
+        model, info = CLASSES[task].from_pretrained(
             folder,
             config=config,
             dtype=torch.float32 if config.dtype is None else config.dtype,

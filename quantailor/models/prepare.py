@@ -41,6 +41,7 @@ class State:
     method: str = "none"
     notes: list[str] = field(default_factory=list)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # per layer: what its solver reported
+    folded: list[str] = field(default_factory=list)  # norms that are part of a convolution now (models/folding.py)
 
 
 def state_of(model: nn.Module) -> State | None:

@@ -135,28 +135,25 @@ class _IntegerLinear(torch.autograd.Function):
         w = weight.float()
         w_q = passes.quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
         rows = x_q.reshape(-1, x_q.shape[-1])
+        needed = (need_x, need_w or need_s)  # a frozen layer needs no product for its weight, the lowest one none for x
+        grad_x: Tensor | None = None
+        grad_w: Tensor | None = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.in_bf16:  # type: ignore[attr-defined]
-                grad_x, grad_w = _products_bf16(
-                    grad,
-                    w_q,
-                    scale,
-                    zero_point,
-                    rows,
-                    x_scale,
-                    grid,
-                    ctx.x_dtype,  # type: ignore[attr-defined]
-                )
+                parts = (grad, w_q, scale, zero_point, rows, x_scale, grid, ctx.x_dtype)  # type: ignore[attr-defined]
+                grad_x, grad_w = (_products_bf16 if all(needed) else _one_product_bf16)(*parts, needed)
             else:
-                w_hat = passes.fake_quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
-                grad_x = grad.float() @ w_hat
-                grad_w = grad.float().t() @ (rows * x_scale.reshape(-1, 1))
+                if need_x:
+                    w_hat = passes.fake_quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
+                    grad_x = grad.float() @ w_hat
+                if needed[1]:
+                    grad_w = grad.float().t() @ (rows * x_scale.reshape(-1, 1))
             grads: tuple[Tensor | None, Tensor | None] = (None, None)
-            if need_w or need_s:
+            if grad_w is not None:
                 numbers = (grid.offset, grid.stretch, grid.g, grid.qmin, grid.qmax, size)
                 grad_weight, grad_scale = passes.lsq_backward(w, grad_w, scale, zero_point, *numbers)
                 grads = (grad_weight.to(weight.dtype), grad_scale)
-        of_x = grad_x.to(ctx.x_dtype).reshape(x_q.shape) if need_x else None  # type: ignore[attr-defined]
+        of_x = None if grad_x is None else grad_x.to(ctx.x_dtype).reshape(x_q.shape)  # type: ignore[attr-defined]
         return of_x, *grads, grad_bias, None, None, None, None, None
 
 
@@ -176,17 +173,44 @@ def _products_bf16(
     x_scale: Tensor,
     grid: WeightGrid,
     dtype: torch.dtype,
+    needed: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
     """(dx [T, N] in `dtype`, dw_hat [O, N] in bfloat16). Integers up to 256 are exact in bfloat16, so only the gradient
     is rounded; the weight of a grouped or shifted grid is rounded as well, as autocast would."""
-    plain = scale.shape[1] == 1 and _shift(grid, zero_point, scale) is None
-    w_scale = scale.expand(w_q.shape[0], 1).reshape(-1) if plain else None
-    factor = w_q
-    if not plain:
-        shift = _shift(grid, zero_point, scale)
-        factor = IntegerWeight(w_q, scale, shift, grid.group_size).dequantize()
+    factor, w_scale = _factor(w_q, scale, zero_point, grid)
     products: tuple[Tensor, Tensor] = passes.gradient_products(grad, factor, w_scale, x_q, x_scale.reshape(-1), dtype)
     return products
+
+
+def _one_product_bf16(
+    grad: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    x_q: Tensor,
+    x_scale: Tensor,
+    grid: WeightGrid,
+    dtype: torch.dtype,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_products_bf16` where only one of the two is asked for (or none), to the same bits."""
+    grad_x = grad_w = None
+    if needed[0]:
+        factor, w_scale = _factor(w_q, scale, zero_point, grid)
+        folded = grad.float() if w_scale is None else grad.float() * w_scale
+        grad_x = (folded.to(torch.bfloat16) @ factor.to(torch.bfloat16)).to(dtype)
+    if needed[1]:
+        folded = (grad.float() * x_scale.reshape(-1, 1)).t().to(torch.bfloat16)
+        grad_w = folded.contiguous() @ passes.int8_to_bf16(x_q)
+    return grad_x, grad_w
+
+
+def _factor(w_q: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> tuple[Tensor, Tensor | None]:
+    """(what a gradient is multiplied by for dx, the scales that are folded into the gradient before, or None)."""
+    shift = _shift(grid, zero_point, scale)
+    if scale.shape[1] == 1 and shift is None:
+        return w_q, scale.expand(w_q.shape[0], 1).reshape(-1)
+    return IntegerWeight(w_q, scale, shift, grid.group_size).dequantize(), None
 
 
 def integer_linear(

@@ -287,6 +287,19 @@ class QuantConv2d(_Quant):
         super().__init__(scheme, packed, bias)
         self.settings = settings  # stride, padding, dilation, groups, and the weight's shape
 
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """For models that pad by hand, as do `stride` and `dilation`."""
+        return tuple(self.settings["shape"][2:])
+
+    @property
+    def stride(self) -> Any:
+        return self.settings["stride"]
+
+    @property
+    def dilation(self) -> Any:
+        return self.settings["dilation"]
+
     def forward(self, x: Tensor) -> Tensor:
         if self.scheme.input is not None:
             x = self._quantize_input(x.flatten(-3)).dequantize().to(x.dtype).view_as(x)

@@ -19,7 +19,7 @@ GRADIENTS = ("lsq", "lsq+", "ste", "pact")
 PRECISIONS = ("float32", "bfloat16")
 BACKWARDS = ("auto", "bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adamw-8bit")
-TRAINABLE = ("all", "scales")
+TRAINABLE = ("all", "scales", "ranges")
 PARALLEL = ("ddp", "fsdp2")
 
 
@@ -51,7 +51,9 @@ _SCALES_ONLY = 5.0  # times the table's rate of scales where nothing but scales 
 class Settings:
     """One QAT run. `None` = the default of the table for the scheme and the model's size.
 
-    `trains` "scales": integers stay as PTQ left them; log-scales, norm gains and biases train. `layer_decay` d: the
+    `epochs` in place of `steps`: passes over the training rows. `trains` "scales": integers stay as PTQ left them;
+    log-scales, norm gains and biases train. "ranges": nothing but the scales of static inputs trains. `train_only`: the
+    layers that these patterns name train, all others stay as PTQ left them (qat/freezing.py). `layer_decay` d: the
     block i from the top learns at d^i of the rate, embeddings one step lower still. `freeze_lower`: the share of the
     blocks, counted from the input, that does not train, embeddings included. `freeze_ranges`: the share of the run
     after which the scales of static inputs stay (0: from the start; None: never). `average`: the share of the run over
@@ -72,7 +74,9 @@ class Settings:
     temperature: float = 1.0
     evaluations: int = 8  # how often the best iterate is looked for
     seed: int = 0
+    epochs: float | None = None
     trains: str = "all"
+    train_only: tuple[str, ...] = ()
     gradient: str = "lsq"
     clip_decay: float = 1e-4  # PACT's L2 on its clipping level
     layer_decay: float = 1.0
@@ -94,6 +98,13 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value} trains nothing; use 1 or more")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UsageError(f"epochs={self.epochs} trains nothing; use more than 0, such as 1 or 2")
+        if self.epochs is not None and self.steps is not None:
+            raise UsageError(f"epochs={self.epochs} and steps={self.steps} both say how long; leave one out")
+        if isinstance(self.train_only, str):
+            raise UsageError(f"train_only={self.train_only!r} must be a tuple of patterns, such as ('*.down_proj',)")
+        object.__setattr__(self, "train_only", tuple(self.train_only))
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"seed={self.seed} must be 0 or more and below 2^31")
         for name in ("learning_rate", "scale_learning_rate"):
@@ -125,27 +136,34 @@ class Settings:
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name}={getattr(self, name)!r} is not known; use {' or '.join(known)}")
-        if self.trains == "scales":
+        if self.trains != "all":
             for name, off in (("gradient", "lsq"), ("cage", 0.0), ("freeze_oscillating", None)):
-                if getattr(self, name) != off:
+                given = getattr(self, name)
+                if given != off and not (self.trains == "ranges" and given == "pact"):
                     raise UsageError(
-                        f"{name}={getattr(self, name)!r} is about weights that move, and trains='scales' moves none; "
+                        f"{name}={given!r} is about weights that move, and trains={self.trains!r} moves none; "
                         "leave one of the two out"
                     )
 
 
-def resolved(settings: Settings, weight_bits: int) -> Settings:
-    """The same with the table's steps and warm-up where none are asked for."""
+def resolved(settings: Settings, weight_bits: int, num_rows: int | None = None) -> Settings:
+    """The same with steps counted out of epochs of `num_rows`, and the table's steps and warm-up where none are asked
+    for."""
     row = DEFAULTS[weight_bits]
     steps = row.steps if settings.steps is None else settings.steps
-    return dataclasses.replace(settings, steps=steps, warmup=row.warmup if settings.warmup is None else settings.warmup)
+    if settings.epochs is not None:
+        if num_rows is None:
+            raise UsageError(f"epochs={settings.epochs} counts rows, and none are given; use steps")
+        steps = max(1, math.ceil(settings.epochs * num_rows / (settings.batch_size * settings.accumulate)))
+    warmup = row.warmup if settings.warmup is None else settings.warmup
+    return dataclasses.replace(settings, steps=steps, epochs=None, warmup=warmup)
 
 
 def learning_rates(settings: Settings, weight_bits: int, num_parameters: int) -> tuple[float, float]:
     """(of the weights, of the log-scales), from the settings or the table."""
     size = (num_parameters / 1e6) ** -0.65
     row = DEFAULTS[weight_bits]
-    scales = row.scale_learning_rate * (_SCALES_ONLY if settings.trains == "scales" else 1.0)
+    scales = row.scale_learning_rate * (_SCALES_ONLY if settings.trains != "all" else 1.0)
     return (
         settings.learning_rate if settings.learning_rate is not None else row.learning_rate * size,
         settings.scale_learning_rate if settings.scale_learning_rate is not None else scales,

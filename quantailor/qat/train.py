@@ -28,7 +28,8 @@ from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
 from quantailor.qat import checkpoint, distributed
 from quantailor.qat.best import Best, Score
-from quantailor.qat.groups import freeze_lower, freeze_matrices, kinds_of
+from quantailor.qat.freezing import frozen
+from quantailor.qat.groups import kinds_of
 from quantailor.qat.quantizers import StandIns, stand_ins
 from quantailor.qat.settings import Settings, learning_rates, resolved
 from quantailor.qat.sharding import scored_sharded, sharded
@@ -91,7 +92,7 @@ def train(
     Raises: QuantailorError if training diverges twice; UsageError where a setting does not suit the model.
     """
     bits = weight_bits(model)
-    settings = resolved(settings, bits)
+    settings = resolved(settings, bits, len(examples))
     assert settings.steps is not None
     rates = learning_rates(settings, bits, sum(p.numel() for p in model.parameters()))
     notes = _uncalibrated(model)
@@ -100,7 +101,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(repeatable(settings))
         standing = stack.enter_context(stand_ins(model, settings))
-        stack.enter_context(_frozen(model, settings))
+        stack.enter_context(frozen(model, settings))
         _check_has_effect(model, settings)
         trained = model
         if settings.parallel == "fsdp2":
@@ -228,18 +229,6 @@ def _check_has_effect(model: nn.Module, settings: Settings) -> None:
     pulled = any(m.weight.requires_grad and m.weight_quantizer is not None for _, m in modules_of(model, FAKE_QUANT))
     if (settings.cage or settings.freeze_oscillating is not None) and not pulled:
         raise UsageError("cage and freeze_oscillating act on weights with a grid, and none is trained; leave them out")
-
-
-@contextmanager
-def _frozen(model: nn.Module, settings: Settings) -> Iterator[None]:
-    """What the settings freeze does not train in the block."""
-    stopped = freeze_matrices(model) if settings.trains == "scales" else []
-    try:
-        stopped += freeze_lower(model, settings.freeze_lower)
-        yield
-    finally:
-        for parameter in stopped:
-            parameter.requires_grad_(True)
 
 
 def _settle(standing: StandIns, best: Best) -> None:

@@ -124,6 +124,8 @@ def _onnx(folder: Path, model: Model) -> ExportReceipt:
     from quantailor.formats import onnx
 
     check_points(model, "ONNX")
+    if model.task == "images":
+        raise UsageError("the model takes images, and the ONNX export traces tokens; export it as hf")
     assert model.probe is not None
     return onnx.write(folder, model.model, model.tokenizer, model.probe)
 

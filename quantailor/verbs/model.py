@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from quantailor.data.examples import Examples
+from quantailor.data.images import load_images
 from quantailor.data.loading import Data, load_examples
 from quantailor.errors import UntrustedInput, UsageError
 from quantailor.evaluate.classification import ClassificationResult
@@ -45,7 +46,7 @@ class Model:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # PreTrainedTokenizerBase; ImageProcessor where the task is images
     task: Task
     parent: dict[str, str] = field(default_factory=dict)
     training: TrainReport | None = None
@@ -139,15 +140,22 @@ def examples_for(model: Model, data: Data | Examples, *, context: int = 256, lim
     """Data read for this model's tokenizer and task. `context` is cut to what the model can take."""
     if isinstance(data, Examples):
         return data
+    if model.task == "images":
+        names = label_names_of(model)
+        channels = int(getattr(model.model.config, "num_channels", 3))
+        return load_images(data, model.tokenizer, channels=channels, limit=limit, label_names=names)  # type: ignore[arg-type]
     positions = getattr(model.model.config, "max_position_embeddings", None)
     longest = min(context, positions) if isinstance(positions, int) else context
-    names = None
-    if model.task == "classification":
-        ordered = tuple(str(name) for _, name in sorted((model.model.config.id2label or {}).items()))
-        names = None if all(name.startswith("LABEL_") for name in ordered) else ordered
+    names = label_names_of(model) if model.task == "classification" else None
     examples = load_examples(data, model.tokenizer, model.task, context=longest, limit=limit, label_names=names)
     _check_tokens(examples, model)
     return examples
+
+
+def label_names_of(model: Model) -> tuple[str, ...] | None:
+    """The names that the model has for its classes; None where they are mere numbers."""
+    ordered = tuple(str(name) for _, name in sorted((model.model.config.id2label or {}).items()))
+    return None if all(name.startswith("LABEL_") for name in ordered) else ordered
 
 
 def _check_tokens(examples: Examples, model: Model) -> None:
@@ -177,10 +185,19 @@ def probe_of(examples: Examples, rows: int = 2, length: int = 64) -> dict[str, T
 
 
 def default_probe(model: Model) -> dict[str, Tensor]:
-    """Tokens to compare on where no data is at hand: the vocabulary's own ids, spread evenly."""
+    """What to compare on where no data is at hand: the vocabulary's own ids, spread evenly; for images, a ramp."""
+    if model.task == "images":
+        return default_images(model.model.config)
     vocab = int(model.model.config.vocab_size)
     ids = torch.linspace(0, vocab - 1, 64).long().reshape(2, 32)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def default_images(config: Any) -> dict[str, Tensor]:
+    """Two images of the size that the model is made for: waves of every channel, from -1 to 1."""
+    channels, size = int(getattr(config, "num_channels", 3)), int(getattr(config, "image_size", 224))
+    ramp = torch.linspace(0, 40, 2 * channels * size * size).reshape(2, channels, size, size)
+    return {"pixel_values": torch.sin(ramp.square() / 8)}
 
 
 def pack(model: Model) -> Model:

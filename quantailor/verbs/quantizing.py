@@ -13,6 +13,7 @@ from quantailor import ptq
 from quantailor.data.examples import Examples
 from quantailor.data.loading import Data
 from quantailor.errors import UsageError
+from quantailor.models.folding import fold_norms
 from quantailor.models.prepare import FAKE_QUANT, State, pack_model, prepare
 from quantailor.models.structure import modules_of
 from quantailor.points import Points, PointSpec
@@ -22,7 +23,7 @@ from quantailor.ptq.defaults import one_pass
 from quantailor.ptq.driver import calibrate, methods_of, round_without_data
 from quantailor.recipe import Recipe, Rule
 from quantailor.spec import Scheme
-from quantailor.verbs.model import Model, as_model, examples_for, probe_of
+from quantailor.verbs.model import Model, as_model, default_probe, examples_for, probe_of
 
 PointsLike = Mapping[str, str | PointSpec] | Points | None
 
@@ -63,6 +64,7 @@ def quantize(
     rules: Sequence[Rule] = (),
     points: PointsLike = None,
     ragged: bool = True,
+    fold: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Model:
@@ -72,7 +74,7 @@ def quantize(
 
     `method`: one of `ptq.METHODS`, or a chain such as `smoothquant+gptq`; None: what ptq/defaults.py has for the
     scheme. `data`: calibration samples (`samples` rows are drawn); without data only what needs none (RTN, HQQ), on
-    dynamic or weight-only schemes.
+    dynamic or weight-only schemes. `fold`: a BatchNorm behind a convolution that is quantized becomes part of it first.
     Raises: UsageError, UntrustedInput as the parts do.
     """
     source = as_model(model)
@@ -80,20 +82,30 @@ def quantize(
         raise UsageError("the model is quantized already; start from its float parent")
     recipe = recipe_for_ptq(scheme, rules, method or ("rtn" if data is None else None), ragged, seed, points)
     copied = dataclasses.replace(source, model=copy.deepcopy(source.model), notes=list(source.notes))
+    examples = None if data is None else examples_for(copied, data, context=context)
+    folded = _folded(copied, recipe, examples) if fold and copied.task == "images" else []
     state = prepare(copied.model, recipe)
-    state.method = recipe.method
+    state.method, state.folded = recipe.method, folded
+    if folded:
+        state.notes.append(f"{len(folded)} norms were folded into the convolutions before them")
     chain = methods_of(state, recipe.method)
-    if data is None:
+    if examples is None:
         check_without_data(state, chain)
         round_without_data(modules_of(copied.model, FAKE_QUANT), state, chain)
         state.notes.append(WITHOUT_DATA)
         return copied
-    examples = examples_for(copied, data, context=context)
     batches, notes = drawn(examples, samples, seed)
     calibrate(copied.model, batches, chain, progress)
     state.notes += notes
     copied.probe = probe_of(examples)
     return copied
+
+
+def _folded(model: Model, recipe: Recipe, examples: Examples | None) -> list[str]:
+    """Fold the norms behind the convolutions that the recipe quantizes; a kept one keeps its norm."""
+    quantized = set(recipe.assign(model.model).quantized)
+    inputs = default_probe(model) if examples is None else next(iter(examples.batches(4)))
+    return fold_norms(model.model, quantized, inputs)
 
 
 WITHOUT_DATA = "quantized without data: every input channel counted alike"

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from quantailor import ptq
-from quantailor.data.batching import drawn_rows
+from quantailor.data.batching import drawn_rows, length_of
 from quantailor.data.examples import Examples
 from quantailor.data.loading import Data
 from quantailor.errors import UsageError
@@ -89,7 +89,7 @@ def draw(
 
     def batched(part: list[int], size: int) -> list[dict[str, Tensor]]:
         if examples.task == "classification":  # rows of about one length need little padding
-            part = sorted(part, key=lambda row: len(examples.dataset[row]["input_ids"]))
+            part = sorted(part, key=lambda row: length_of(examples.dataset[row]))
         chunks = [part[i : i + size] for i in range(0, len(part), size)]
         return [examples.collator([examples.dataset[row] for row in chunk]) for chunk in chunks]
 

@@ -157,7 +157,7 @@ def _train(
 ) -> Model:
     settings = for_adapter(settings, lora)
     parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
-    source, train_data, new_head = _for_training(
+    source, train_data, new_head = for_training(
         model if lora is None else base_for_adapter(model), data, context, settings.seed
     )
     if source.state is None and parsed is None:
@@ -290,7 +290,7 @@ def _config(
     }
 
 
-def _for_training(
+def for_training(
     model: str | Path | Model, data: Data | Examples, context: int, seed: int
 ) -> tuple[Model, Examples, bool]:
     """The model, its data, and whether it was a bare encoder: that gets a head for these classes, drawn by `seed`."""

@@ -19,6 +19,21 @@ def test_rules_keep_their_order():
     assert rules(None) == rules([]) == []
 
 
+def test_conditions_stand_in_place_of_a_name_or_beside_it():
+    texts = ["size<5000=keep", "type:Conv2d=w8a8", "*.mlp.*&type:Linear&size>100&size<900=w4a16:rtn"]
+    by_size, by_type, all_of_them = rules(texts)
+    assert (by_size.pattern, by_size.fewer_than, by_size.action) == (None, 5000, Keep("rule: size<5000=keep"))
+    assert (by_type.pattern, by_type.module_type, by_type.more_than) == (None, "Conv2d", None)
+    assert (all_of_them.pattern, all_of_them.module_type, all_of_them.method) == ("*.mlp.*", "Linear", "rtn")
+    assert (all_of_them.more_than, all_of_them.fewer_than) == (100, 900)
+
+
+@pytest.mark.parametrize("text", ["size<=5=keep", "size>many=keep", "a&b=keep", "type:=keep", "size>1&size>2=keep"])
+def test_other_conditions_are_refused(text):
+    with pytest.raises(UsageError, match="is no condition, or comes twice; use a name, type:Linear, size>100000"):
+        rules([text])
+
+
 def test_a_pattern_may_hold_an_equals_sign():
     assert rules(["a=b=keep"])[0].pattern == "a=b"
 

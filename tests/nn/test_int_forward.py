@@ -91,9 +91,9 @@ def both(scheme, seed=0, rows=(2, 40), out=33, length=100):
 
 
 def gradients(layer, x, y, grad):
-    names, leaves = zip(*[(n, p) for n, p in layer.named_parameters() if p.requires_grad])
-    found = torch.autograd.grad(y, (x, *leaves), grad.to(y.dtype))
-    return dict(zip(("x", *names), found))
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    return dict(zip(leaves, torch.autograd.grad(y, tuple(leaves.values()), grad.to(y.dtype))))
 
 
 @pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
@@ -120,6 +120,22 @@ def test_a_backward_in_bfloat16_rounds_the_gradient_and_little_else(scheme):
         assert rounded[name].dtype == value.dtype
         assert float((rounded[name] - value).norm() / value.norm()) < 2**-7, name
     assert torch.equal(rounded["bias"], exact["bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w8a8-static", "w4a8-g32-asym"])
+def test_a_frozen_layer_passes_on_the_same_gradient_and_the_lowest_one_has_the_same_of_its_weight(scheme, dtype):
+    """Each product alone has the bits that it has beside the other."""
+    layer, x, grad = both(scheme)
+    set_backward(layer, dtype)
+    whole = gradients(layer, x, layer(x), grad)
+    x.requires_grad_(False)
+    below = gradients(layer, x, layer(x), grad)
+    x.requires_grad_(True)
+    layer.requires_grad_(False)
+    above = gradients(layer, x, layer(x), grad)
+    assert torch.equal(above["x"], whole["x"]) and set(above) == {"x"}
+    assert set(below) == set(whole) - {"x"} and all(torch.equal(below[name], whole[name]) for name in below)
 
 
 def test_only_known_types_can_be_set():
