@@ -104,7 +104,7 @@ def read_foreign(folder: str | Path) -> Foreign:
 def _read(folder: Path, files: ModelFiles, method: str) -> Foreign:
     quantization = files.config["quantization_config"]
     task = task_of(files.config)
-    if task is None:
+    if task not in _CLASSES:
         raise UntrustedInput("its config.json names no architecture for language modelling or classification")
     own = {k: v for k, v in files.config.items() if k != "quantization_config"}
     if own.get("model_type") not in CONFIG_MAPPING:

@@ -58,9 +58,21 @@ def test_what_needs_no_model_loads_nothing_heavy(args):
 
 def test_the_commands_are_those_of_the_design():
     assert [
-        *("plan", "fit", "quantize", "train", "eval", "check", "merge", "export", "convert", "report", "search"),
-        "sensitivity",
-        *("generate", "calibration", "schemes", "demo"),
+        *(
+            "plan",
+            "fit",
+            "quantize",
+            "train",
+            "probe",
+            "retask",
+            "eval",
+            "check",
+            "merge",
+            "export",
+            "convert",
+            "report",
+        ),
+        *("search", "sensitivity", "inventory", "generate", "calibration", "schemes", "demo"),
     ] == COMMANDS
 
 
