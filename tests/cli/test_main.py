@@ -72,7 +72,7 @@ def test_the_commands_are_those_of_the_design():
             "convert",
             "report",
         ),
-        *("search", "sensitivity", "inventory", "generate", "calibration", "schemes", "demo"),
+        *("search", "nas", "sensitivity", "inventory", "generate", "calibration", "schemes", "demo"),
     ] == COMMANDS
 
 
