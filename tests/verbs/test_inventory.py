@@ -185,3 +185,14 @@ def test_a_folder_with_points_is_quantized_in_memory(tiny_bert, tmp_path):
 
 def test_points_objects_are_offered():
     assert qt.Points is Points
+
+
+def test_fit_takes_points(tiny_bert, tmp_path):
+    goal = qt.Goal(tolerance=0.9, minutes=2.0, calibration=8, methods=("rtn",))
+    data, held_out = records(24, seed=5), records(40, seed=6)
+    result = qt.fit(
+        tiny_bert, data, "w8a8", tmp_path / "out", eval_data=held_out, goal=goal, points={"norm": "a8-static"}
+    )
+    assert result.verdict == "ptq"
+    assert result.data["check"]["points"] == 4
+    assert qt.inventory(tmp_path / "out").counts(1)["norm"] == 2
