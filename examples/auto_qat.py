@@ -8,7 +8,7 @@ from quantailor.demo import MODEL, texts
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "auto-qat")
 train, valid = texts()
-space = qt.Space(bits=(8, 4), group=(32,), scales=("learned",), learning_rate=(1.0, 2.0), steps=(4,), frozen=(0.0,))
+space = qt.Space(bits=(4,), group=(32,), scales=("learned",), learning_rate=(1.0, 2.0), steps=(4,), frozen=(0.0,))
 found = qt.search(
     MODEL,
     train[:40],
@@ -18,7 +18,7 @@ found = qt.search(
     latency_ms=0.035,  # of reading the weights once at 30 GB/s
     bandwidth=30.0,
     minutes=float(sys.argv[2]) if len(sys.argv) > 2 else 5.0,
-    trials=3,
+    trials=2,
     space=space,
     samples=32,
     context=64,

@@ -16,9 +16,9 @@ found = qt.nas(
     max_bytes=900_000,
     space={"depth": (4, 3), "bits": (4, 3)},
     supernet_steps=int(sys.argv[2]) if len(sys.argv) > 2 else 100,
-    candidates=4,
+    candidates=3,
     settings=qt.Settings(steps=4, batch_size=4, evaluations=1),
-    samples=32,
+    samples=16,
     context=64,
 )
 print(found.text())
