@@ -8,8 +8,9 @@ can be continued later asks for the rest of its current step first (`finishing`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 Advance = Callable[[int], None]
 
@@ -56,6 +57,16 @@ def being_finished() -> str | None:
     return _to_finish[0] if _to_finish else None
 
 
+@dataclass(frozen=True)
+class Row:
+    """A line of what somebody watches: `values` so far, drawn small, and how it stands. `state`: good, bad or ""."""
+
+    name: str
+    values: tuple[float, ...]
+    text: str
+    state: str = ""
+
+
 class Progress:
     """Silent. Subclasses show something."""
 
@@ -68,6 +79,9 @@ class Progress:
     def counted(self, title: str) -> Iterator[Callable[[int, int], None]]:
         """The same for work that reports (done, in all) and knows its total only once it runs."""
         yield lambda _done, _total: raise_if_stopped()
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        """What stands under the bars from now on, while a task runs."""
 
     def say(self, line: str) -> None:
         """One finished line for the person watching."""

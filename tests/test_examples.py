@@ -31,6 +31,7 @@ def run(code: list[str], folder: Path) -> str:
         ("cnn_qat", [], "'equal': True"),
         ("probe", [], "forecast of 100 steps"),
         ("new_task", [], "tune quantized - restore"),
+        ("watched", ["4"], "ended by"),
     ],
 )
 def test_example(name, arguments, expected, tmp_path):
@@ -47,5 +48,5 @@ def test_readme_block(page, tmp_path):
 
 def test_all_examples_are_run():
     run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8", "inside_block", "auto_qat", "nas"}
-    run |= {"hybrid", "partial", "cnn_qat", "probe", "new_task"}
+    run |= {"hybrid", "partial", "cnn_qat", "probe", "new_task", "watched"}
     assert {p.stem for p in (ROOT / "examples").glob("*.py")} == run

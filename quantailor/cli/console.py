@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
 
-from quantailor.progress import Advance, Progress, raise_if_stopped
+from quantailor.progress import Advance, Progress, Row, raise_if_stopped
+
+_STEPS = "▁▂▃▄▅▆▇█"
+_COLOURS = {"good": "green", "bad": "bold red"}
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Values as blocks of eight heights, from their lowest to their highest; of many the mean of each stretch.
+
+    >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7]), sparkline([1, 1]), sparkline([])
+    ('▁▂▃▄▅▆▇█', '▁▁', '')
+    """
+    count = min(width, len(values))
+    parts = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    scale = (len(_STEPS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_STEPS[round((mean - low) * scale)] for mean in means)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Rows as a panel shows them; a narrow terminal cuts the text, not the picture."""
+    shown = Table.grid(padding=(0, 2))
+    shown.add_column(style="dim", no_wrap=True, min_width=20)
+    shown.add_column(style="cyan", no_wrap=True, min_width=24)
+    shown.add_column(no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        shown.add_row(
+            row.name,
+            sparkline(row.values),
+            Text(row.text, style=_COLOURS.get(row.state, "")),
+        )
+    return shown
+
+
+class _Bars(Bars):
+    """Bars with rows under them."""
+
+    shown: Sequence[Row] = ()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.shown:
+            yield table(self.shown)
 
 
 class ConsoleProgress(Progress):
@@ -17,7 +62,7 @@ class ConsoleProgress(Progress):
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bars: Bars | None = None
+        self.bars: _Bars | None = None
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Advance]:
@@ -43,11 +88,15 @@ class ConsoleProgress(Progress):
             yield update
             bars.remove_task(task)
 
+    def rows(self, rows: Sequence[Row]) -> None:
+        if self.bars is not None:
+            self.bars.shown = tuple(rows)
+
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
 
     @contextmanager
-    def _shown(self) -> Iterator[Bars]:
+    def _shown(self) -> Iterator[_Bars]:
         if self.bars is not None:  # a bar within a bar: one more line of the same display
             yield self.bars
             return
@@ -60,7 +109,7 @@ class ConsoleProgress(Progress):
             TimeRemainingColumn(),
         )
         quiet = not self.console.is_terminal  # its end would leave an empty line in a pipe
-        with Bars(*columns, console=self.console, transient=True, disable=quiet) as bars:
+        with _Bars(*columns, console=self.console, transient=True, disable=quiet) as bars:
             self.bars = bars
             try:
                 yield bars

@@ -38,6 +38,7 @@ from quantailor.cli.schemes import schemes
 from quantailor.cli.search import search
 from quantailor.cli.sensitivity import sensitivity
 from quantailor.cli.train import train
+from quantailor.cli.watch import watch
 from quantailor.errors import QuantailorError
 from quantailor.progress import being_finished, go_on, stop_with
 
@@ -53,6 +54,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
     "quantize": quantize,
     "train": train,
+    "watch": watch,
     "probe": probe,
     "retask": retask,
     "eval": evaluate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +68,27 @@ def train(
     parallel: Annotated[str, typer.Option(help="under torchrun: ddp or fsdp2")] = "ddp",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="one thread, repeatable kernels")] = False,
     checkpoint_every: Annotated[int, typer.Option(help="steps", min=1)] = 25,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="keep recording.jsonl in --out: errors, clipping, flips, drift, ranges by layer"),
+    ] = False,
+    record_every: Annotated[int | None, typer.Option(help="steps between measures; by default 10", min=1)] = None,
+    on_alarm: Annotated[
+        str,
+        typer.Option(help="warn, act (lower the rate, or go back to the best iterate) or stop; all but warn record"),
+    ] = "warn",
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="end early, repeatable: patience=3, error-stable=0.1%, overfit=2, minutes=30, tokens=1e6, steps=500"
+        ),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="end at a goal: 'recovery>=0.5', 'loss<=1.2', 'perplexity<=9', 'accuracy>=0.9'")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="folder for event files of what is recorded; needs the extra `tensorboard`")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="PTQ method to start from, as in `quantize`; by default what suits the scheme")
     ] = None,
@@ -97,6 +119,9 @@ def train(
     each batch.
 
     Example:  quantailor train ./model --scheme w2a16-g32 --data train.txt --out ./model-w2 --steps 400
+
+    Watched, and ended when it is good enough:
+    quantailor train ./model --scheme w2a16-g32 --data train.txt --out ./model-w2 --record --stop patience=3
 
     A bare encoder gets a head for the labels in the data:
     quantailor train ./encoder --scheme float --data train.jsonl --out ./classifier
@@ -141,6 +166,11 @@ def train(
         parallel=parallel,
         deterministic=deterministic,
         checkpoint_every=checkpoint_every,
+        record=record or record_every is not None,
+        record_every=record_every,
+        on_alarm=on_alarm,
+        stop=tuple(stop or ()),
+        until=until,
         seed=seed,
     )
     joined = distributed.join()
@@ -166,6 +196,7 @@ def train(
             points=o.points(point),
             ragged=not no_ragged,
             progress=progress(quiet or distributed.rank() > 0),
+            tensorboard=tensorboard,
         )
         if distributed.rank() > 0:
             return
@@ -185,6 +216,8 @@ def train(
         "learning_rate": report.learning_rate,
         "losses": [list(pair) for pair in report.losses],
         "optimizer_bytes": report.optimizer_bytes,
+        "stopped": report.stopped,
+        "alarms": [] if report.recording is None else [dataclasses.asdict(a) for a in report.recording.alarms],
         "size_bytes": weight_file_bytes(out),
         "notes": trained.notes,
     }

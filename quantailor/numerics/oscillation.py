@@ -18,6 +18,16 @@ from torch import Tensor
 MOMENTUM = 0.02  # the paper takes 0.01 for runs of many epochs
 
 
+def jumps(q: Tensor, last: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """(the direction that each integer went since `last`, int8; whether that is the other way than `direction`, Eq. 4).
+
+    >>> jumps(torch.tensor([1, 2, 3]), torch.tensor([2, 2, 2]), torch.tensor([1, 1, 1], dtype=torch.int8))
+    (tensor([-1,  0,  1], dtype=torch.int8), tensor([ True, False, False]))
+    """
+    sign = torch.sign(q.short() - last.short()).to(torch.int8)
+    return sign, (sign != 0) & (sign == -direction)
+
+
 @dataclass
 class Oscillation:
     """What is known of the integers of one weight [O, N]; 11 bytes each."""
@@ -42,8 +52,7 @@ class Oscillation:
     @torch.no_grad()
     def update(self, q: Tensor, threshold: float, momentum: float = MOMENTUM) -> None:
         """Take in the integers after a step. Frozen weights stay as they were when they were frozen."""
-        sign = torch.sign(q.short() - self.last).to(torch.int8)
-        oscillates = (sign != 0) & (sign == -self.direction)
+        sign, oscillates = jumps(q, self.last, self.direction)
         free = ~self.frozen
         self.frequency = torch.where(free, self.frequency.lerp(oscillates.float(), momentum), self.frequency)
         self.average = torch.where(free, self.average.lerp(q.float(), momentum), self.average)

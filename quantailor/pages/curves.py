@@ -8,6 +8,7 @@ import statistics
 from typing import Any
 
 from quantailor.pages import numbers
+from quantailor.pages.alarms import reported
 from quantailor.pages.document import Lines, Mark, Pairs, Remarks, Said, Series, Text, finite, say
 from quantailor.pages.reading import Found
 
@@ -39,8 +40,7 @@ def training_chart(training: Found, metric: str = "", name: Text = "") -> Lines 
     for alarm in training.objects("alarms"):
         step = alarm.number("step")
         if step is not None:
-            what = alarm.text("what") or alarm.text("message") or alarm.text("reason") or alarm.text("kind")
-            alarms.append(Mark(step, say("alarm.reported", step=numbers.whole(step), what=what), "bad"))
+            alarms.append(Mark(step, say("alarm.reported", step=numbers.whole(step), what=reported(alarm)), "bad"))
     best = training.number("best_step")
     held = dict(points).get(best) if best is not None else None
     alarms += [Mark(None, note, "bad") for note in training.texts("notes") if _ALARMING.search(note)]

@@ -42,7 +42,7 @@ class Restored:
     tensors: dict[str, Tensor]
 
     def of(self, kind: str) -> dict[str, Tensor]:
-        """The tensors of one kind: `model`, `best`, `average`, `optimizer`, `random`, `stable`."""
+        """The tensors of one kind: `model`, `best`, `average`, `optimizer`, `random`, `stable`, `seen`."""
         return {name.partition("/")[2]: t for name, t in self.tensors.items() if name.startswith(kind + "/")}
 
     @torch.no_grad()

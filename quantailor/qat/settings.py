@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from quantailor.errors import UsageError
+from quantailor.qat.stopping import parse, parse_goal
 
 GRADIENTS = ("lsq", "lsq+", "ste", "pact")
 PRECISIONS = ("float32", "bfloat16")
@@ -21,6 +22,7 @@ BACKWARDS = ("auto", "bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adamw-8bit")
 TRAINABLE = ("all", "scales", "ranges")
 PARALLEL = ("ddp", "fsdp2")
+ON_ALARM = ("warn", "act", "stop")
 
 
 class Defaults(NamedTuple):
@@ -58,6 +60,9 @@ class Settings:
     blocks, counted from the input, that does not train, embeddings included. `freeze_ranges`: the share of the run
     after which the scales of static inputs stay (0: from the start; None: never). `average`: the share of the run over
     which an exponential moving average of the weights, offered beside each iterate, forgets (0: no average).
+    `record`: keep a recording of the run (flight.py), a measure each `record_every` steps; `on_alarm`: what an alarm
+    does; `stop`, `until`: rules and a goal that end the run early (stopping.py). Alarms that do something, and the
+    rule error-stable, need what is recorded, so they turn it on.
     """
 
     steps: int | None = None
@@ -92,9 +97,19 @@ class Settings:
     parallel: str = "ddp"  # what several processes do with the model
     deterministic: bool = False
     checkpoint_every: int = 25  # steps, where there is a work folder
+    record: bool = False
+    record_every: int | None = None  # steps; None: ten, more in runs of over 4000
+    on_alarm: str = "warn"
+    stop: tuple[str, ...] = ()
+    until: str | None = None
+
+    @property
+    def recording(self) -> bool:
+        """Whether the run is recorded."""
+        return self.record or self.on_alarm != "warn" or any(parse(r).name == "error-stable" for r in self.stop)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "record_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value} trains nothing; use 1 or more")
@@ -133,9 +148,20 @@ class Settings:
             ("backward", BACKWARDS),
             ("optimizer", OPTIMIZERS),
             ("parallel", PARALLEL),
+            ("on_alarm", ON_ALARM),
         ):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name}={getattr(self, name)!r} is not known; use {' or '.join(known)}")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        names = [parse(text).name for text in self.stop]
+        if len(set(names)) < len(names):
+            raise UsageError(f"stop={', '.join(self.stop)} gives a rule twice; give each once")
+        if self.until is not None:
+            parse_goal(self.until)
+        if self.record_every is not None and not self.recording:
+            raise UsageError(
+                f"record_every={self.record_every} is of no use without record=True; leave it out, or record"
+            )
         if self.trains != "all":
             for name, off in (("gradient", "lsq"), ("cage", 0.0), ("freeze_oscillating", None)):
                 given = getattr(self, name)

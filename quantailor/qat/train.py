@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +28,12 @@ from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
 from quantailor.qat import checkpoint, distributed
 from quantailor.qat.best import Best, Score
+from quantailor.qat.flight import Flight
 from quantailor.qat.freezing import frozen
 from quantailor.qat.groups import kinds_of
 from quantailor.qat.quantizers import StandIns, stand_ins
+from quantailor.qat.recording import NAME as RECORDING
+from quantailor.qat.recording import Listener, Recording
 from quantailor.qat.settings import Settings, learning_rates, resolved
 from quantailor.qat.sharding import scored_sharded, sharded
 from quantailor.qat.stabilizer import Stabilizer
@@ -46,7 +49,8 @@ class TrainReport:
     """What a run did. `start`, `best` are scores of `validate`, lower is better; `best_step` 0 = the start was kept.
 
     `curve`: (step, score) of each look; `losses`: (step, mean training loss since the last one). `optimizer_bytes`: of
-    the optimizer's tensors in this process.
+    the optimizer's tensors in this process. `stopped`: why a rule, a goal or an alarm ended the run before its last
+    step; "" if none did. `recording`: where `settings.record` asks for it, in the first process.
     """
 
     steps: int
@@ -60,6 +64,8 @@ class TrainReport:
     notes: list[str] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
     optimizer_bytes: int = 0
+    stopped: str = ""
+    recording: Recording | None = None
 
     @property
     def improved(self) -> bool:
@@ -82,12 +88,15 @@ def train(
     progress: Progress | None = None,
     work: Work | None = None,
     saves: bool | None = None,
+    floating: Score | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> TrainReport:
     """Train `model` (fake-quantized, or float as the control) in place, to its best iterate, the start included.
 
     `validate` gives a score, lower is better; it is asked before the first step and `settings.evaluations` times.
     `teacher` None: only the task's loss counts. With `work` (made with `states=checkpoint.KEPT`) training goes on
     behind the last checkpoint in it; where several processes train, the first one has it and the others say `saves`.
+    `floating`: the float model's score, from which a goal of recovery is reckoned. `listeners` hear what is recorded.
     Where torch.distributed is initialised, every process calls this with the same arguments.
     Raises: QuantailorError if training diverges twice; UsageError where a setting does not suit the model.
     """
@@ -113,7 +122,20 @@ def train(
         else:
             restored.put_best(best)
         watch, trainer = _run(
-            trained, examples, validate, settings, rates, best, teacher, progress, work, saves, restored, bits
+            trained,
+            examples,
+            validate,
+            settings,
+            rates,
+            best,
+            teacher,
+            progress,
+            work,
+            saves,
+            restored,
+            bits,
+            floating,
+            listeners,
         )
         release()
         best.model = model
@@ -134,11 +156,19 @@ def train(
         notes.append(f"{watch.skipped} steps skipped: their gradient was not finite")
     if watch.recoveries:
         notes.append("training diverged once; it went on from its best iterate at half the learning rate")
+    flight = watch.flight
+    notes += flight.notes
+    made = trainer.state.global_step or (restored.record["step"] if restored is not None else 0)
+    if watch.stopped:
+        notes.append(f"stopped after step {made} of {settings.steps}: {watch.stopped}")
+    if flight.recording is not None and (alarms := flight.recording.alarms):
+        told = ", ".join(f"{alarm.alarm} at step {alarm.step}" for alarm in alarms[:5])
+        notes.append(f"{len(alarms)} alarm{'s' if len(alarms) > 1 else ''} raised: {told}; {RECORDING} has more")
     if best.step == 0:
-        notes.append(f"{settings.steps} steps found nothing better than the start: the start was kept")
+        notes.append(f"{made} steps found nothing better than the start: the start was kept")
     assert best.score is not None
     return TrainReport(
-        steps=settings.steps,
+        steps=made,
         best_step=best.step,
         start=best.start_score,
         best=best.score,
@@ -149,6 +179,8 @@ def train(
         notes=notes,
         losses=watch.losses,
         optimizer_bytes=_optimizer_bytes(trainer),
+        stopped=watch.stopped,
+        recording=flight.recording,
     )
 
 
@@ -165,6 +197,8 @@ def _run(
     saves: bool,
     restored: checkpoint.Restored | None,
     bits: int,
+    floating: Score | None,
+    listeners: Sequence[Listener],
 ) -> tuple[Watch, QATTrainer]:
     """The steps that are left."""
     assert settings.steps is not None
@@ -173,7 +207,16 @@ def _run(
     stabilizer = Stabilizer(model, settings) if settings.cage or settings.freeze_oscillating is not None else None
     quiet = Progress() if distributed.rank() else progress or Progress()
     with tempfile.TemporaryDirectory() as folder, quiet.task("training", settings.steps) as advance:
-        watch = Watch(best, validate, every, advance, settings, work=work, saves=saves, stabilizer=stabilizer)
+        flight = Flight(
+            model,
+            settings,
+            every,
+            path=None if work is None else work.path(RECORDING),
+            listeners=listeners,
+            say=quiet.say,
+            floating=floating,
+        )
+        watch = Watch(best, validate, every, advance, settings, flight, work=work, saves=saves, stabilizer=stabilizer)
         arguments = _arguments(folder, settings, rates[0])
         set_seed(settings.seed)
         trainer = QATTrainer(
@@ -193,16 +236,19 @@ def _run(
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                 trainer.remove_callback(callback)
         watch.trainer, watch.buffers = trainer, checkpoint.Buffers(model)
-        state = None
-        if restored is not None:
+        state, made = None, 0
+        if restored is None:
+            watch.stopped = flight.looked(0, best.start_score, best.start_score, best.start_score, None)
+        else:
             watch.load(restored)
-            state = checkpoint.trainer_state(restored, Path(folder))
-            if restored.record["step"] >= settings.steps:  # the Trainer would make one step more
+            state, made = checkpoint.trainer_state(restored, Path(folder)), restored.record["step"]
+            if watch.due or watch.stopped or made >= settings.steps:
                 restored.put_model(model)
-                watch.finish_look(model, settings.steps, saves=False)
-                return watch, trainer
-        with watch:
-            trainer.train(resume_from_checkpoint=state)
+                watch.finish_look(model, made, saves=False)
+        if not watch.stopped and made < settings.steps:  # the Trainer would make one step more
+            with watch:
+                trainer.train(resume_from_checkpoint=state)
+        flight.close(trainer.state.global_step or made, watch.stopped)
     return watch, trainer
 
 
@@ -214,6 +260,8 @@ def _check(settings: Settings) -> None:
         raise UsageError(f"batch_size={settings.batch_size} is shared by {world} processes; use a multiple of {world}")
     if settings.parallel == "fsdp2" and (settings.cage or settings.freeze_oscillating is not None):
         raise UsageError("cage and freeze_oscillating look at whole weights; use parallel='ddp'")
+    if settings.parallel == "fsdp2" and settings.recording:
+        raise UsageError("a recording looks at whole weights; use parallel='ddp', or leave it out")
     if settings.parallel == "fsdp2" and settings.optimizer != "adamw":
         raise UsageError("optimizer='adamw-8bit' does not know sharded weights; use parallel='ddp', or 'adamw'")
     adamw(settings)

@@ -49,6 +49,8 @@ class QATTrainer(Trainer):
         self.task, self.teacher, self.settings, self.rates, self.restored = task, teacher, settings, rates, restored
         self.parts = restored.record["parts"] if restored else 1
         self.losses: list[Tensor] = []  # of the micro-batches since the last look, each its share of a step
+        self.gradient_norm: Any = None  # of the last step, before clipping
+        self._tokens = 0
         self._share = 1.0
         self._done: list[Any] = []  # micro-batches of this step whose gradients are summed already
         super().__init__(model=model, args=arguments, **others)
@@ -103,10 +105,21 @@ class QATTrainer(Trainer):
                 for earlier in self._done:
                     self._in_parts(model, earlier, *more, **others)
         self._done.append(inputs)
+        self._tokens += _tokens(inputs)
         if self.accelerator.sync_gradients:
             self._done = []
         self.losses.append(loss)
         return loss
+
+    def tokens_seen(self) -> int:
+        """In all processes, since it was asked last. Every process must ask."""
+        seen = torch.tensor(float(self._tokens), device=self.args.device)
+        self._tokens = 0
+        return round(float(distributed.mean(seen)) * distributed.world())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.gradient_norm
 
     def _in_parts(self, model: nn.Module, inputs: dict[str, Any], *more: Any, **others: Any) -> Tensor:
         rows = len(inputs["labels"])
@@ -191,6 +204,14 @@ def adamw(settings: Settings) -> Any:
             "optimizer out"
         )
     return importlib.import_module("bitsandbytes.optim").AdamW8bit
+
+
+def _tokens(inputs: dict[str, Any]) -> int:
+    """Those that the mask shows; without one, all there are; a picture is one."""
+    if (mask := inputs.get("attention_mask")) is not None:
+        return int(mask.sum())
+    ids = inputs.get("input_ids")
+    return ids.numel() if ids is not None else len(inputs["labels"])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from quantailor.errors import QuantailorError
 from quantailor.progress import Advance, finishing
 from quantailor.qat import checkpoint, distributed
+from quantailor.qat.alarms import sentence
 from quantailor.qat.best import Best, Score
+from quantailor.qat.flight import Flight
+from quantailor.qat.recording import Alarm
 from quantailor.qat.settings import Settings
 from quantailor.qat.stabilizer import Stabilizer
 from quantailor.store.work import Work
@@ -35,13 +38,14 @@ class Watch(TrainerCallback):
         every: int,
         advance: Advance,
         settings: Settings,
+        flight: Flight,
         *,
         work: Work | None = None,
         saves: bool = False,
         stabilizer: Stabilizer | None = None,
     ) -> None:
         self.best, self.validate, self.every, self.advance, self.settings = best, validate, every, advance, settings
-        self.work, self.saves, self.stabilizer = work, saves, stabilizer
+        self.flight, self.work, self.saves, self.stabilizer = flight, work, saves, stabilizer
         self.trainer: Any = None  # set once there is one
         self.buffers: checkpoint.Buffers | None = None
         self.strikes = 0
@@ -52,6 +56,8 @@ class Watch(TrainerCallback):
         self.since: list[float] = []  # losses of the steps since the last look
         self.average: dict[str, Tensor] = {}
         self.due = False  # a look that a signal came before
+        self.stopped = ""  # why the run ends early
+        self.rate = 0.0  # of the weights, in this step
         self._step = ExitStack()
 
     def __enter__(self) -> Watch:
@@ -75,7 +81,6 @@ class Watch(TrainerCallback):
         assert model is not None
         if self.settings.average and not self.average:
             self.average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        self.finish_look(model, state.global_step, saves=False)  # random generators are not back yet
 
     def on_step_begin(
         self,
@@ -87,6 +92,8 @@ class Watch(TrainerCallback):
     ) -> None:
         if self.saves:
             self._step.enter_context(finishing(f"step {state.global_step + 1} of {state.max_steps}"))
+        self.rate = max((group["lr"] for group in optimizer.param_groups if group["params"]), default=0.0)
+        self.flight.begin(state.global_step + 1)
         share = self.settings.freeze_ranges
         if share is not None and state.global_step >= share * state.max_steps:
             for group in optimizer.param_groups:
@@ -119,18 +126,10 @@ class Watch(TrainerCallback):
                 f"training diverged twice (no finite gradient for {_STRIKES} steps at step {state.global_step}); "
                 "lower --learning-rate"
             )
-        self.best.restore()
-        self.average = {n: p.detach().clone() for n, p in model.named_parameters() if n in self.average}
+        self.go_back(model)
         self.recoveries += 1
         self.strikes = 0
-        inner = getattr(optimizer, "optimizer", optimizer)
-        assert inner is not None
-        for group in inner.param_groups:
-            group["lr"] *= 0.5
-            group["initial_lr"] = group.get("initial_lr", group["lr"]) * 0.5
-        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
-        if schedule is not None:  # it computes each step's rates from its own copy of the first ones
-            schedule.base_lrs = [0.5 * rate for rate in schedule.base_lrs]
+        halve_rates(optimizer, lr_scheduler)
 
     @torch.no_grad()
     def on_step_end(
@@ -139,23 +138,31 @@ class Watch(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: Any = None,
         **_: Any,
     ) -> None:
         assert model is not None
         step = state.global_step
         self.since.append(float(distributed.mean(torch.stack(self.trainer.losses).sum())))
         self.trainer.losses.clear()
+        alarm = self.flight.end(step, self.since[-1], self.trainer.gradient_norm, self.rate, self.trainer.tokens_seen())
+        if alarm is not None:
+            self.answer(alarm, model, optimizer, lr_scheduler)
+        self.stopped = self.stopped or self.flight.over_budget(step)
         if self.average:  # rises to its full memory as Adam's averages do, so that the start is soon forgotten
             memory = min(1 - 1 / max(1.0, self.settings.average * state.max_steps), step / (step + 9))
             for name, parameter in model.named_parameters():
                 if name in self.average:
                     self.average[name].lerp_(parameter.detach(), 1 - memory)
-        self.due = step % self.every == 0 or step == state.max_steps
+        self.due = step % self.every == 0 or step == state.max_steps or bool(self.stopped)
         self.advance_saving(args.device)
         looks = self.due
         self.finish_look(model, step, saves=self.saves)
         if self.saves and not looks and step % self.settings.checkpoint_every == 0:
             self.save()
+        if self.stopped:
+            control.should_training_stop = True
 
     # ------------------------------------------------------------------------------------------------ its parts
 
@@ -172,6 +179,20 @@ class Watch(TrainerCallback):
         if self.saves and distributed.anywhere(stop is not None, device):
             self.save()
             raise stop or KeyboardInterrupt
+
+    def answer(self, alarm: Alarm, model: nn.Module, optimizer: Any, lr_scheduler: Any) -> None:
+        """Do what the alarm's action says."""
+        if alarm.action == "went back":
+            self.go_back(model)
+        if alarm.action in ("went back", "lowered"):
+            halve_rates(optimizer, lr_scheduler)
+        if alarm.action == "stopped":
+            self.stopped = sentence(alarm)
+
+    def go_back(self, model: nn.Module) -> None:
+        """To the best iterate."""
+        self.best.restore()
+        self.average = {n: p.detach().clone() for n, p in model.named_parameters() if n in self.average}
 
     def finish_look(self, model: nn.Module, step: int, *, saves: bool) -> None:
         """The look that is due, if one is, and a checkpoint. Where there are checkpoints, a signal waits for both."""
@@ -194,9 +215,13 @@ class Watch(TrainerCallback):
             self._exchange(model, kept)
             score = min(score, averaged)
         self.curve.append((step, score))
-        if self.since:
-            self.losses.append((step, sum(self.since) / len(self.since)))
+        loss = sum(self.since) / len(self.since) if self.since else None
+        if loss is not None:
+            self.losses.append((step, loss))
             self.since = []
+        assert self.best.score is not None
+        told = self.flight.looked(step, score, self.best.score, self.best.start_score, loss)
+        self.stopped = self.stopped or told
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,6 +241,7 @@ class Watch(TrainerCallback):
         tensors = {f"average/{name}": value for name, value in self.average.items()}
         if self.stabilizer is not None:
             tensors |= {f"stable/{name}": value for name, value in self.stabilizer.tensors().items()}
+        tensors |= {f"seen/{name}": value for name, value in self.flight.tensors().items()}
         watched = {
             "tensors": tensors,
             "strikes": self.strikes,
@@ -225,6 +251,8 @@ class Watch(TrainerCallback):
             "losses": [[step, repr(loss)] for step, loss in self.losses],
             "since": [repr(loss) for loss in self.since],
             "due": self.due,
+            "stopped": self.stopped,
+            "flight": self.flight.record(),
         }
         with finishing("the checkpoint"):
             checkpoint.save(self.work, self.trainer, self.best, self.buffers.changed(), watched)
@@ -236,12 +264,24 @@ class Watch(TrainerCallback):
         self.curve = [(step, checkpoint.numbers(score)) for step, score in record["curve"]]
         self.losses = [(step, float(loss)) for step, loss in record["losses"]]
         self.since = [float(loss) for loss in record["since"]]
-        self.due = record["due"]
+        self.due, self.stopped = record["due"], record["stopped"]
         places = dict(self.trainer.model.named_parameters())
         self.average = {name: distributed.like(places[name], t) for name, t in restored.of("average").items()}
         if self.stabilizer is not None:
             self.stabilizer.load(restored.of("stable"))
+        curve = [(0, self.best.start_score), *self.curve]
+        self.flight.load(record["flight"], restored.of("seen"), curve, self.losses)
         self.advance(record["step"])
+
+
+def halve_rates(optimizer: Any, lr_scheduler: Any) -> None:
+    """Of all groups, for the rest of the run."""
+    for group in getattr(optimizer, "optimizer", optimizer).param_groups:
+        group["lr"] *= 0.5
+        group["initial_lr"] = group.get("initial_lr", group["lr"]) * 0.5
+    schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)
+    if schedule is not None:  # it computes each step's rates from its own copy of the first ones
+        schedule.base_lrs = [0.5 * rate for rate in schedule.base_lrs]
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:

@@ -39,10 +39,11 @@ class Work:
 
     `fresh_because`: why the work found there is not continued; None where there was none, or it is. `states`: the
     passing files of how many steps are kept, for work that several processes share and may leave a step apart.
+    `others`: names of files beside the steps, which the work itself looks after.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], states: int = 1) -> None:
-        self.folder, self.states = folder, states
+    def __init__(self, folder: Path, config: dict[str, Any], states: int = 1, others: Sequence[str] = ()) -> None:
+        self.folder, self.states, self.others = folder, states, others
         self.fresh_because: str | None = None
         self._entries: list[dict[str, Any]] = []
         config = json.loads(json.dumps(config))
@@ -120,7 +121,7 @@ class Work:
 
     def _tidy(self) -> None:
         """Remove what a dead run had begun, and what only an earlier step needed."""
-        wanted = {_CONFIG, *map(_step, range(len(self._entries)))}
+        wanted = {_CONFIG, *self.others, *map(_step, range(len(self._entries)))}
         for left, entry in enumerate(reversed(self._entries)):
             wanted |= {name for name in entry["files"] if left < self.states or not _passes(name)}
         for path in self.folder.iterdir():

@@ -28,6 +28,8 @@ from quantailor.models.loading import (
 )
 from quantailor.models.prepare import SIMULATED, State, pack_model, state_of
 from quantailor.models.structure import modules_of
+from quantailor.qat.alarms import sentence
+from quantailor.qat.recording import NAME as RECORDING
 from quantailor.qat.train import TrainReport
 from quantailor.store import manifest
 from quantailor.store.manifest import hash_folder, write_manifest
@@ -224,6 +226,9 @@ def save(
 
 
 def fill(folder: Path, model: Model, format: str | None, details: dict[str, Any] | None = None) -> None:
+    recording = model.training.recording if model.training is not None else None
+    if recording is not None:
+        (folder / RECORDING).write_bytes(recording.to_bytes())
     if model.state is None:
         model.model.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
@@ -248,6 +253,9 @@ def _training_json(report: TrainReport | None) -> dict[str, Any] | None:
     if report is None:
         return None
     return {
-        **{k: v for k, v in vars(report).items() if k != "curve"},
+        **{k: v for k, v in vars(report).items() if k not in ("curve", "recording")},
         "curve": [[s, *score] for s, score in report.curve],
+        "alarms": []
+        if report.recording is None
+        else [{**dataclasses.asdict(alarm), "what": sentence(alarm)} for alarm in report.recording.alarms],
     }

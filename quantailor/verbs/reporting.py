@@ -16,8 +16,11 @@ from quantailor.models.structure import modules_of
 from quantailor.pages import folders, results
 from quantailor.pages.document import Document, Sample, Samples, Section, say, section
 from quantailor.pages.html import is_report, page
+from quantailor.pages.recording import recorded
 from quantailor.pages.several import compared
 from quantailor.pages.words import Words
+from quantailor.qat.recording import NAME as RECORDING
+from quantailor.qat.recording import read
 from quantailor.store.jsonio import read_json
 from quantailor.store.manifest import NAME as MANIFEST
 from quantailor.store.manifest import read_manifest
@@ -105,6 +108,8 @@ def _of_folder(path: Path, look: Look) -> Document:
         document = folders.fitted(fit, receipt, manifest, name)
     else:
         document = folders.saved(receipt, manifest, name)
+    if (path / RECORDING).exists() and (seen := recorded(read(path / RECORDING))) is not None:
+        document = _placed(document, [seen], ("errors", "proof", "inventory"))
     return _with_model(document, path, look) if look.weights else document
 
 
@@ -129,8 +134,13 @@ def _with_model(document: Document, path: Path, look: Look) -> Document:
     parent = None if look.float_model is None else _parent(look.float_model)
     extra = [_distributions(model, parent, look.layer), _samples(model, parent, look.prompts)]
     wanted = [s for s in extra if s is not None and s.blocks]
+    return _placed(document, wanted, ("proof", "inventory"))
+
+
+def _placed(document: Document, wanted: Sequence[Section], before: Sequence[str]) -> Document:
+    """The page with more sections, before the first of these that it has."""
     ids = [s.id for s in document.sections]
-    place = min((ids.index(i) for i in ("proof", "inventory") if i in ids), default=len(ids))
+    place = min((ids.index(i) for i in before if i in ids), default=len(ids))
     sections = (*document.sections[:place], *wanted, *document.sections[place:])
     return Document(document.verb, document.subject, document.verdict, document.figures, sections, document.version)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,14 @@ from quantailor.models.loading import (
 from quantailor.models.prepare import unpack_model
 from quantailor.nn.lora import LoRA
 from quantailor.progress import Progress
-from quantailor.qat import distributed
+from quantailor.qat import distributed, panel
+from quantailor.qat.best import Score
 from quantailor.qat.checkpoint import KEPT, fingerprint
+from quantailor.qat.recording import NAME as RECORDING
+from quantailor.qat.recording import Listener
 from quantailor.qat.settings import Settings
+from quantailor.qat.stopping import parse_goal
+from quantailor.qat.tensorboard import Scalars
 from quantailor.qat.train import repeatable
 from quantailor.qat.train import train as run_training
 from quantailor.recipe import Rule
@@ -68,6 +73,8 @@ def train(
     progress: Progress | None = None,
     work: str | Path | None = None,
     lora: LoRA | int | None = None,
+    until: str | None = None,
+    tensorboard: str | Path | None = None,
 ) -> Model:
     """QAT: from PTQ (done first if the model is float) to the best iterate of training; never worse than its start.
 
@@ -75,13 +82,19 @@ def train(
     "self" is the float model itself, None leaves only the task's loss. Without `eval_data` a tenth of `data` is held
     out to choose the best iterate. `work` is a folder for checkpoints: after a kill the same call goes on behind the
     last one (PTQ is done again, to the same integers), and the weights are those of a run that was never stopped.
-    It is removed once training is done. Where torch.distributed is initialised, every process calls this.
+    It is removed once training is done. `until` is a goal that ends training, such as "recovery>=0.5": the one in
+    `settings`, for short. `tensorboard`: a folder for scalars of what is recorded, which is turned on.
+    Where torch.distributed is initialised, every process calls this.
 
     `lora` (a rank, or more of it) trains an adapter inside the rounding on a packed base (verbs/lora_training.py); the
     model that comes back holds both, and `save` merges them exactly.
     Raises: UsageError, UntrustedInput as the parts do; Busy if another process trains in `work`.
     """
     settings = settings or Settings()
+    if until is not None:
+        settings = dataclasses.replace(settings, until=until)
+    if tensorboard is not None:
+        settings = dataclasses.replace(settings, record=True)
     with repeatable(settings):
         return _train(
             model,
@@ -99,6 +112,7 @@ def train(
             progress,
             None if work is None else Path(work),
             lora,
+            None if tensorboard is None else Path(tensorboard),
         )
 
 
@@ -154,6 +168,7 @@ def _train(
     progress: Progress | None,
     folder: Path | None,
     lora: LoRA | int | None,
+    tensorboard: Path | None,
 ) -> Model:
     settings = for_adapter(settings, lora)
     parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
@@ -223,6 +238,7 @@ def _train(
             (-result.value, result.mean_loss) if isinstance(result, ClassificationResult) else (result.nats_per_token,)
         )
 
+    floating = _floating_score(source, reference, settings, score)
     with ExitStack() as stack:
         work = None
         if folder is not None and distributed.rank() == 0:
@@ -234,6 +250,12 @@ def _train(
                 notes.append(
                     f"unfinished work was found and not continued: {work.fresh_because}; training started afresh"
                 )
+        listeners: list[Listener] = []
+        if progress is not None:
+            shown = progress
+            listeners.append(lambda recording: shown.rows(panel.rows(recording)))
+        if tensorboard is not None and distributed.rank() == 0:
+            listeners.append(stack.enter_context(Scalars(tensorboard)))
         report = run_training(
             started.model,
             train_data,
@@ -243,6 +265,8 @@ def _train(
             progress=progress,
             work=work,
             saves=folder is not None,
+            floating=floating,
+            listeners=listeners,
         )
     if started.state is not None:
         started.state.notes += report.notes
@@ -257,7 +281,7 @@ def _train(
 @contextmanager
 def _working(folder: Path, config: dict[str, Any], progress: Progress | None) -> Iterator[Work]:
     """The checkpoints of this very run, or none yet. They go when it is done, or failed before the first of them."""
-    work = Work(folder, config, states=KEPT)
+    work = Work(folder, config, states=KEPT, others=(RECORDING,))
     if work.fresh_because and progress is not None:
         progress.say(f"the unfinished training in {folder} is not continued: {work.fresh_because}; starting afresh")
     if work.records and progress is not None:
@@ -320,6 +344,22 @@ def for_training(
     loaded.model.config.id2label = dict(enumerate(examples.label_names))
     loaded.model.config.label2id = {name: i for i, name in enumerate(examples.label_names)}
     return loaded, examples, True
+
+
+def _floating_score(
+    source: Model, reference: Model | None, settings: Settings, score: Callable[[Any], Score]
+) -> Score | None:
+    """What the float model scores, where the goal is to win back a share of what was lost against it."""
+    if settings.until is None or parse_goal(settings.until).metric != "recovery":
+        return None
+    if source.state is None:
+        return score(source.model)
+    if reference is None:
+        raise UsageError(
+            f"until={settings.until!r} is reckoned from the float model, and this one is quantized; name the float "
+            "folder as teacher, or use another goal"
+        )
+    return score(reference.model)
 
 
 def _teacher(source: Model, teacher: str | Path | Model | None) -> Model | None:

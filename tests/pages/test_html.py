@@ -12,9 +12,11 @@ from quantailor.errors import UsageError
 from quantailor.pages import folders, results
 from quantailor.pages.document import Cell, Column, Document, Heat, Sample, Samples, Table, Verdict, section
 from quantailor.pages.html import MAX_BYTES, heat_cells, is_report, page, parted, visible
+from quantailor.pages.recording import recorded
 from quantailor.pages.several import compared
 from tests.pages.browser import Browser, found
 from tests.pages.making import FIT, HOSTILE, MANIFEST, RECEIPT, Page, hostile_fit
+from tests.pages.recordings import recording
 from tests.pages.test_document import PLAN
 from tests.pages.test_recipes import NAS, SEARCH
 
@@ -35,6 +37,7 @@ DOCUMENTS = {
     "nas": results.of(NAS, "nas.json"),
     "other": results.of({"speed": 3, "rows": [{"name": "a", "ms": 1}, {"name": "b", "ms": 2}]}, "bench.json"),
     "text": TEXT,
+    "recorded": folders.saved(RECEIPT, MANIFEST, "w4").with_sections(recorded(recording(alarms=5))),
 }
 
 
