@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from quantailor.errors import UntrustedInput, UsageError
-from quantailor.models.loading import quiet_transformers
+from quantailor.models.loading import CONFIG_ERRORS, quiet_transformers
 from quantailor.store.config import read_config
 
 Kind = Literal["lm", "classification", "image"]
@@ -71,8 +71,8 @@ def skeleton(path: str | Path) -> Skeleton:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
         dtype = _dtype(config)
         model = on_meta(config, kind, dtype)
-    except (OSError, ValueError, LookupError, ArithmeticError, TypeError, RuntimeError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    except (*CONFIG_ERRORS, LookupError, ArithmeticError) as error:
+        first = " ".join(str(error).split())[:200] or type(error).__name__
         raise UntrustedInput(f"{file} does not build a model for {kind}: {first}") from error
     return Skeleton(model, config, kind, dtype, name, notes)
 

@@ -25,7 +25,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from quantailor.errors import QuantailorError, UntrustedInput, UsageError
 from quantailor.evaluate.parity import Digests, digests
 from quantailor.formats import layout, plugin
-from quantailor.models.loading import CLASSES, Task, check_shapes, load_reader, quiet_transformers, task_of
+from quantailor.models.loading import (
+    CLASSES,
+    CONFIG_ERRORS,
+    Task,
+    check_shapes,
+    load_reader,
+    quiet_transformers,
+    task_of,
+)
 from quantailor.models.prepare import FAKE_QUANT, PACKED, SIMULATED, State, packed_twin, state_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.packed import PackedWeight
@@ -295,11 +303,11 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
         what = error.args[0] if error.args else type(error).__name__
         raise UntrustedInput(f"{folder} does not hold what its config says: {what}; use a sound copy") from error
     plugin.register()
-    config = CONFIG_MAPPING[inner["model_type"]].from_dict(
-        {k: v for k, v in inner.items() if k != "transformers_weights"}
-    )
-    config.quantization_config = quantization.to_dict()
     try:
+        config = CONFIG_MAPPING[inner["model_type"]].from_dict(
+            {k: v for k, v in inner.items() if k != "transformers_weights"}
+        )
+        config.quantization_config = quantization.to_dict()
         architecture: Any = CLASSES[task]._model_mapping[type(config)]  # type: ignore[index]
         with torch.device("meta"):
             plugin.install_packed(skeleton := architecture(config), quantization)
@@ -307,8 +315,8 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
         model = plugin.assembled(architecture, config, state_dict, folder)
     except UntrustedInput as error:
         raise error if str(folder) in str(error) else UntrustedInput(f"{folder}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except CONFIG_ERRORS as error:
+        first = " ".join(str(error).split())[:200] or type(error).__name__
         raise UntrustedInput(f"{folder} does not load: {first}") from error
     model.quantailor_state = state
     return Folder(

@@ -31,7 +31,7 @@ from quantailor.formats import awq_reader, bitsandbytes_reader, compressed_reade
 from quantailor.formats.folder import check_grids, read_tensors
 from quantailor.formats.foreign_layer import Slot, Taken
 from quantailor.models.experts import experts_of, split_experts
-from quantailor.models.loading import Task, check_shapes, load_tokenizer, quiet_transformers, task_of
+from quantailor.models.loading import CONFIG_ERRORS, Task, check_shapes, load_tokenizer, quiet_transformers, task_of
 from quantailor.models.prepare import State
 from quantailor.recipe import Entry, Inventory, Recipe
 from quantailor.spec import Scheme
@@ -96,8 +96,8 @@ def read_foreign(folder: str | Path) -> Foreign:
         return _read(folder, files, method)
     except QuantailorError as error:
         raise error if str(folder) in str(error) else type(error)(f"{shown(folder)}: {error}") from error
-    except (AttributeError, IndexError, KeyError, OSError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    except (*CONFIG_ERRORS, IndexError, OverflowError) as error:
+        first = " ".join(str(error).split())[:200] or type(error).__name__
         raise UntrustedInput(f"{shown(folder)} does not hold one sound model: {first}; use a sound copy") from error
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from quantailor.errors import UntrustedInput, UsageError
+from quantailor.errors import UntrustedInput
 from quantailor.formats import gguf_metadata, gguf_tokenizer, plugin
 from quantailor.formats.gguf_blocks import Blocks
 from quantailor.formats.gguf_layers import to_packed
 from quantailor.formats.gguf_names import ARCHITECTURES, Architecture, deinterleave, is_zero
 from quantailor.formats.gguf_reader import GGUFFile, open_gguf
-from quantailor.models.loading import check_shapes, quiet_transformers
+from quantailor.models.loading import CONFIG_ERRORS, check_shapes, quiet_transformers
 from quantailor.models.prepare import State
 from quantailor.nn.packed import PackedWeight
 from quantailor.recipe import Inventory, Recipe, Rule
@@ -56,8 +56,8 @@ def read_gguf(path: str | Path) -> FromGGUF:
     except UntrustedInput as error:
         where = shown(file.path)
         raise error if where in str(error) else UntrustedInput(f"{where} is not taken: {error}") from error
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, UsageError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    except (*CONFIG_ERRORS, IndexError) as error:  # a UsageError is a ValueError
+        first = " ".join(str(error).split())[:200] or type(error).__name__
         raise UntrustedInput(f"{shown(file.path)} does not hold one sound model: {first}; use a sound copy") from error
 
 

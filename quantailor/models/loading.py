@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -42,6 +43,8 @@ CLASSES = {
     "classification": AutoModelForSequenceClassification,
     "images": AutoModelForImageClassification,
 }
+# What transformers raises for a config.json whose values make no model.
+CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def open_skeleton(folder: Path) -> Skeleton:
         dtype = torch.float32 if config.dtype is None else config.dtype
         with torch.device("meta"):
             model = CLASSES[task].from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except CONFIG_ERRORS as error:
         raise NotInParts(f"its architecture cannot be made without its weights ({type(error).__name__})") from error
     if model._get_dtype_plan(dtype):
         raise NotInParts("parts of it stay in float32 whatever the type of the others")
@@ -250,8 +253,8 @@ def _from_pretrained(
         )
     except UntrustedInput:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except CONFIG_ERRORS as error:
+        first = " ".join(str(error).split())[:200] or type(error).__name__
         raise UntrustedInput(f"{folder} does not load as a model for {task}: {first}") from error
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if mismatched := info.get("mismatched_keys"):

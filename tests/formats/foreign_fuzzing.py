@@ -105,7 +105,7 @@ def fuzz(root: Path, tokenizer_folder: Path, kind: str, verify: bool, count: int
             outcome["same"] += same
             if part == "header" and not same:
                 outcome["wrong"].append(f"seed {seed}: {name} taken with other tensors")
-            if kind not in make.ALL and verify:
+            if kind not in make.ALL and verify and not (name == "MANIFEST.json" and same):  # which tells of the others
                 outcome["wrong"].append(f"seed {seed}: {name} ({part}) is not as it was saved, and was taken")
         except (UntrustedInput, UsageError) as error:
             outcome["refused"] += 1

@@ -267,6 +267,18 @@ def test_what_is_not_read_is_refused_in_one_line(made, tmp_path, case):
     assert "\n" not in str(caught.value) and "changed" in str(caught.value)
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_config_that_transformers_validates_and_refuses_is_one_line(made, tmp_path, quantized):
+    folder = edited(made("awq")[0], tmp_path / "changed")
+    held = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": []}
+    if not quantized:
+        del held["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(held))
+    with pytest.raises(UntrustedInput, match="num_attention_heads") as caught:
+        api.load(folder)
+    assert "\n" not in str(caught.value) and "changed" in str(caught.value)
+
+
 def test_groups_of_scale_zero_are_zeros(made, tmp_path):
     def no_scale(tensors):
         tensors[f"{Q}.scales"][0, :5] = 0
