@@ -123,7 +123,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(Path(job["tokenizer"]))  # the files of a tokenizer stay as they are
-    foreign.load_tokenizer = folders.load_tokenizer = lambda folder: tokenizer  # type: ignore[assignment]
+    foreign.load_tokenizer = lambda folder: tokenizer  # type: ignore[assignment]
+    folders.load_reader = lambda folder, task: tokenizer  # type: ignore[assignment]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
