@@ -27,6 +27,7 @@ __all__ = [
     "check",
     "convert",
     "eval",
+    "evaluate_tasks",
     "export",
     "fit",
     "generate",

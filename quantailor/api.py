@@ -27,6 +27,7 @@ from quantailor.verbs.auto_qat import search
 from quantailor.verbs.converting import convert
 from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
+from quantailor.verbs.harness import evaluate_tasks
 from quantailor.verbs.in_parts import QuantizedFolder, quantize_folder
 from quantailor.verbs.inventory import InventoryReport, inventory
 from quantailor.verbs.judging import adequacy, check, evaluate, generate
@@ -71,6 +72,7 @@ __all__ = [
     "convert",
     "environment",
     "evaluate",
+    "evaluate_tasks",
     "examples_for",
     "export",
     "fit",

@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from render_exports import export_table
+
 from quantailor.demo import table
 
 ROOT = Path(__file__).parents[1]
@@ -241,8 +243,9 @@ def main() -> None:
         "points": points_table,
         "savers": savers_table,
         "mobilenet": mobilenet_table,
+        "formats": export_table,
     }
-    for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md"):
+    for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md", "docs/FORMATS.md"):
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
         for name, make in parts.items():

@@ -32,6 +32,7 @@ def run(code: list[str], folder: Path) -> str:
         ("probe", [], "forecast of 100 steps"),
         ("new_task", [], "tune quantized - restore"),
         ("watched", ["4"], "ended by"),
+        ("export_everywhere", [], "layers, the same integers"),
     ],
 )
 def test_example(name, arguments, expected, tmp_path):
@@ -48,5 +49,5 @@ def test_readme_block(page, tmp_path):
 
 def test_all_examples_are_run():
     run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8", "inside_block", "auto_qat", "nas"}
-    run |= {"hybrid", "partial", "cnn_qat", "probe", "new_task", "watched"}
+    run |= {"hybrid", "partial", "cnn_qat", "probe", "new_task", "watched", "export_everywhere"}
     assert {p.stem for p in (ROOT / "examples").glob("*.py")} == run

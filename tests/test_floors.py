@@ -31,6 +31,7 @@ INNER_IMPORTS = {
     "quantailor.data.sources": "datasets is an extra, and slow to import",
     "quantailor.formats.gguf": "gguf is an extra",
     "quantailor.searching.shared_study": "optuna is an extra",
+    "quantailor.verbs.harness": "lm-eval is an extra, and slow to import",
     "quantailor.verbs.exporting": "onnx and onnxruntime are an extra",
 }
 

@@ -16,7 +16,8 @@ def export(
     folder: Annotated[Path, typer.Argument(help="a folder that quantailor saved", show_default=False)],
     out: o.OutOption,
     formats: Annotated[
-        str | None, typer.Option(help="of hf, onnx, gguf, with commas between; by default all that can say the model")
+        str | None,
+        typer.Option(help="of hf, onnx, onnx-cache, gguf, with commas between; by default hf, onnx and gguf"),
     ] = None,
     overwrite: o.OverwriteOption = False,
     json: o.JsonOption = False,
@@ -34,7 +35,7 @@ def export(
     from quantailor.verbs import exporting
 
     asked = None if formats is None else [name.strip() for name in formats.split(",")]
-    wanted = tuple(exporting.WRITERS) if asked is None else asked
+    wanted = exporting.DEFAULT if asked is None else asked
     receipts = exporting.export(folder, out, wanted, overwrite=overwrite, progress=progress(quiet))
     lines = []
     for receipt in receipts:

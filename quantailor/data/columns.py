@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from quantailor.errors import UntrustedInput, UsageError
 
-Task = Literal["lm", "classification"]
+Task = Literal["lm", "classification", "qa"]  # qa: answers out of a text, which `squad` reads
 Kind = Literal["text", "instruction", "classification"]
 
 LABEL = "label"

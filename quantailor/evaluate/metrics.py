@@ -1,9 +1,12 @@
-"""Classification metrics, from predicted and true classes.
+"""The metrics of GLUE, from predicted and true classes or scores.
 
-A prediction of -1 stands for "none" (logits that are not finite): it is wrong, whatever the label.
+A predicted class of -1 stands for "none" (logits that are not finite): it is wrong, whatever the label.
 Sources: F1 and its macro average as in GLUE (Wang et al. 2019, arXiv:1804.07461); Matthews correlation of more than
 two classes after Gorodkin 2004, R_K, which for two classes is the usual one.
 """
+
+import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 from quantailor.errors import UsageError
 
 Classes = NDArray[np.int64]
+Scores = NDArray[np.float64]
 
 
 def accuracy(predictions: Classes, labels: Classes) -> float:
@@ -48,12 +52,39 @@ def matthews(predictions: Classes, labels: Classes) -> float:
     return float((num_right * num_rows - predicted @ true) / np.sqrt(product)) if product > 0 else 0.0
 
 
+def pearson(predictions: Scores, labels: Scores) -> float:
+    """The linear correlation of predicted and true scores, -1 to 1; nan where either is the same throughout or not
+    finite. Shapes: both float [num_rows], at least two.
+    """
+    _check(predictions, labels)
+    x, y = (np.asarray(values, dtype=np.float64) for values in (predictions, labels))
+    if len(x) < 2 or not (np.isfinite(x).all() and np.isfinite(y).all()) or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)), -1.0, 1.0))
+
+
+def spearman(predictions: Scores, labels: Scores) -> float:
+    """The correlation of the ranks, equal scores sharing the mean of theirs. As `pearson` otherwise."""
+    _check(predictions, labels)
+    if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
+        return math.nan
+    return pearson(_ranks(predictions), _ranks(labels))
+
+
+def _ranks(values: Scores) -> Scores:
+    """From 1; equal values get the mean of the ranks that they take up."""
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2.0)[codes]
+
+
 def _f1_of(number: int, predictions: Classes, labels: Classes) -> float:
     hits = int(((predictions == number) & (labels == number)).sum())
     named = int((predictions == number).sum()) + int((labels == number).sum())
     return 2 * hits / named if named else 0.0
 
 
-def _check(predictions: Classes, labels: Classes) -> None:
+def _check(predictions: NDArray[Any], labels: NDArray[Any]) -> None:
     if len(predictions) != len(labels) or len(labels) == 0:
         raise UsageError(f"{len(predictions)} predictions for {len(labels)} labels; one each is needed, at least one")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantailor.evaluate.measuring import measuring
 from quantailor.models.prepare import PACKED, SIMULATED
-from quantailor.models.structure import modules_of
+from quantailor.models.structure import logits_of, modules_of
 from quantailor.nn.int_forward import float_products
 from quantailor.nn.lora import LoRALinear
 from quantailor.nn.points import POINTS
@@ -152,7 +152,7 @@ def _sha(tensor: Tensor) -> str:
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     with measuring(model) as device:
         result = model(**{name: value.to(device) for name, value in inputs.items()})
-    return result.logits.float() if hasattr(result, "logits") else result.float()
+    return logits_of(result).float()
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from quantailor.models.loading import (
     task_of,
 )
 from quantailor.models.prepare import FAKE_QUANT, PACKED, SIMULATED, State, packed_twin, state_of
+from quantailor.models.structure import logits_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.packed import PackedWeight
 from quantailor.nn.points import PointQuantizer
@@ -167,7 +168,7 @@ def last_logits(model: nn.Module, probe: Mapping[str, Tensor], positions: int = 
     was_training = model.training
     model.eval()
     device = next(iter(model.buffers())).device
-    logits = model(**{k: v.to(device) for k, v in probe.items()}).logits
+    logits = logits_of(model(**{k: v.to(device) for k, v in probe.items()}))
     model.train(was_training)
     return last_of(logits, positions)
 
@@ -308,7 +309,7 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
             {k: v for k, v in inner.items() if k != "transformers_weights"}
         )
         config.quantization_config = quantization.to_dict()
-        architecture: Any = CLASSES[task]._model_mapping[type(config)]  # type: ignore[index]
+        architecture: Any = CLASSES[task]._model_mapping[type(config)]
         with torch.device("meta"):
             plugin.install_packed(skeleton := architecture(config), quantization)
         check_shapes(folder, skeleton, {name: tensor.shape for name, tensor in state_dict.items()})

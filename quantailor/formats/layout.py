@@ -107,7 +107,7 @@ def _unsayable(scheme: Scheme, length: int) -> str | None:
         return "LLM.int8 keeps outlier columns of its inputs in float"
     if activations is not None and activations.group_size is not None:
         return f"its activations have a scale for each group of {activations.group_size}"
-    if activations is not None and not (_is_plain_int8(activations) and grid.bits == 8 and weight.group_size is None):
+    if activations is not None and not (is_plain_int8(activations) and grid.bits == 8 and weight.group_size is None):
         return (
             "only 8-bit channel weights go with activations, and those must be 8-bit, per token or static per tensor; "
             "the nearest that works is w8a8"
@@ -115,7 +115,7 @@ def _unsayable(scheme: Scheme, length: int) -> str | None:
     return None
 
 
-def _is_plain_int8(spec: QuantSpec) -> bool:
+def is_plain_int8(spec: QuantSpec) -> bool:
     return spec.grid == Int(8) and isinstance(spec.granularity, PerToken if spec.dynamic else PerTensor)
 
 

@@ -1,7 +1,7 @@
 """A packed model as an ONNX folder: `model.onnx` (opset 21), its config and tokenizer; written, read again, executed.
 
 The file holds our integers and scales and whatever the recipe kept in float; it is refused, not approximated, where
-ONNX cannot say a layer. Decoders have no cache of keys and values: each call computes every position.
+ONNX cannot say a layer. A decoder takes keys and values of earlier positions if a cache is asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import quantailor
 from quantailor.errors import QualityGateFailed, QuantailorError, UsageError
+from quantailor.evaluate.jitter import own_jitter
 from quantailor.formats import onnx_check
 from quantailor.formats.onnx_graph import is_doubled, on_integers, stored, with_layers
 from quantailor.formats.onnx_trace import INPUTS, has_experts, trace
@@ -42,10 +43,12 @@ def write(
     probe: Mapping[str, Tensor],
     *,
     external_above: int = EXTERNAL_ABOVE,
+    cache: bool = False,
 ) -> ExportReceipt:
     """Fill an empty `folder` with the packed `model` and prove what lies there. The model is left as it is.
 
-    `probe`: int64 [B, T] tokens and mask on which outputs are compared.
+    `probe`: int64 [B, T] tokens and mask on which outputs are compared. With `cache` a decoder takes and gives keys and
+    values, and what it generates is held against what the model does.
     Raises: UsageError where ONNX cannot say a layer or torch cannot trace the architecture; QualityGateFailed or
     QuantailorError if what was written is not what was meant.
     """
@@ -58,7 +61,7 @@ def write(
             f"{indexed[0]}: its groups are in act-order, and ONNX's blocks lie side by side; convert it to own"
         )
     probe = _all_inputs(plain, tokenizer, probe)
-    proto = with_layers(trace(plain, _example(plain, probe)), plain)
+    proto = with_layers(trace(plain, _example(plain, probe), cache=cache), plain)
     _describe(proto)
     path = folder / FILE
     size = _save(proto, path, external_above)
@@ -72,7 +75,9 @@ def write(
     differences = onnx_check.differing(onnx_check.read_layers(read), plain)
     difference = onnx_check.logit_difference(onnx_check.session(path, onnx_check.SESSION), plain, probe)
     by_default = onnx_check.logit_difference(onnx_check.session(path, {}), plain, probe)
-    notes += _notes(plain, layers)
+    notes += _notes(plain, layers, cache)
+    if cache:
+        notes.append(onnx_check.about_generation(path, plain, probe))
     if by_default > max(1e-4, 2 * difference):
         notes.append(
             f"with ONNX Runtime's default settings the logits differ by {by_default:.1e}: it rounds the activations of "
@@ -83,6 +88,10 @@ def write(
     notes.append(f"each layer alone, on the inputs that ours gets, differs by at most {max(alone.values()):.1e}")
     if any(module.scheme.input is not None for module in layers.values()):
         notes.append(_about_flips(onnx_check.activation_flips(read, plain, probe)))
+        notes.append(
+            f"this model's own logits move by {own_jitter(plain, probe):.1e} when its embeddings are moved by one unit "
+            f"in the last place; the file's differ by {difference:.1e}"
+        )
     files = tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
     return ExportReceipt(
         "onnx",
@@ -196,7 +205,7 @@ def _about_flips(flips: onnx_check.Flips) -> str:
     )
 
 
-def _notes(model: PreTrainedModel, layers: Mapping[str, Any]) -> list[str]:
+def _notes(model: PreTrainedModel, layers: Mapping[str, Any], cache: bool) -> list[str]:
     """What a reader of the file has to know."""
     notes = []
     specs = [module.scheme.weight for module in layers.values()]
@@ -226,6 +235,8 @@ def _notes(model: PreTrainedModel, layers: Mapping[str, Any]) -> list[str]:
         )
     if has_experts(model):
         notes.append("experts gather their weights for each token and choice, which takes memory on long inputs")
-    if model.can_generate():
-        notes.append("no cache of keys and values: each call computes every position")
+    if cache:
+        notes.append("takes past_key_values.N.key and .value [batch, heads, earlier, width], gives present")
+    elif model.can_generate():
+        notes.append("no cache of keys and values: each call computes every position; onnx-cache has one")
     return notes

@@ -220,8 +220,13 @@ def _opened(source: Path | bytes, options: onnxruntime.SessionOptions) -> onnxru
 
 
 def outputs(running: onnxruntime.InferenceSession, probe: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
-    taken = {value.name for value in running.get_inputs()}
-    found = running.run(names, {name: value.numpy() for name, value in probe.items() if name in taken})
+    taken = {value.name: value.shape for value in running.get_inputs()}
+    given = {name: value.numpy() for name, value in probe.items() if name in taken}
+    rows = len(next(iter(probe.values())))
+    for name, shape in taken.items():
+        if name.startswith("past_key_values.") and name not in given:  # nothing came before
+            given[name] = np.zeros((rows, shape[1], 0, shape[3]), dtype=np.float32)
+    found = running.run(names, given)
     return [torch.from_numpy(np.asarray(value)) for value in found]
 
 
@@ -243,6 +248,37 @@ def logit_difference(running: onnxruntime.InferenceSession, model: nn.Module, pr
             ours, theirs = ours[there], theirs[there]
         worst = max(worst, relative_max_difference(theirs, ours))
     return worst
+
+
+def generate(running: onnxruntime.InferenceSession, prompt: Tensor, new_tokens: int) -> Tensor:
+    """Greedy tokens int64 [B, new_tokens] behind `prompt` int64 [B, T], of a file with a cache: after the prompt one
+    token a call, with the keys and values that the call before gave."""
+    presents = [value.name for value in running.get_outputs() if value.name.startswith("present.")]
+    feeds = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    generated: list[Tensor] = []
+    for _ in range(new_tokens):
+        logits, *cache = outputs(running, feeds, ["logits", *presents])
+        generated.append(logits[:, -1].argmax(-1, keepdim=True))
+        mask = torch.ones(len(prompt), prompt.shape[1] + len(generated), dtype=torch.int64)
+        feeds = {"input_ids": generated[-1], "attention_mask": mask}
+        feeds |= {name.replace("present", "past_key_values", 1): value for name, value in zip(presents, cache)}
+    return torch.cat(generated, dim=1)
+
+
+def about_generation(path: Path, model: nn.Module, probe: Mapping[str, Tensor], new_tokens: int = 16) -> str:
+    """How many greedy tokens are the model's own, behind the beginning of the probe's rows."""
+    prompt = probe["input_ids"][:, : max(1, probe["input_ids"].shape[1] // 4)]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    count = min(new_tokens, limit - prompt.shape[1]) if isinstance(limit, int) else new_tokens
+    theirs = generate(session(path, SESSION), prompt, count)
+    with measuring(model):
+        ours, past, ids = [], None, prompt
+        for _ in range(count):
+            out = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            ours.append(ids)
+    same = (theirs == torch.cat(ours, dim=1)).long().cumprod(1).sum(1)  # up to the first that differs
+    return f"of {count} greedy tokens behind {len(prompt)} prompts the first {same.tolist()} are the model's"
 
 
 def layer_difference(proto: onnx.ModelProto, model: nn.Module, probe: Mapping[str, Tensor]) -> dict[str, float]:

@@ -18,7 +18,9 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from quantailor.errors import UsageError
 from quantailor.models.prepare import PACKED
@@ -71,6 +73,44 @@ class _Logits(nn.Module):
         return logits
 
 
+class _WithCache(nn.Module):
+    """The model with the keys and values of earlier positions as inputs, and all that there are now as outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past_key_values: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(past_key_values):
+            cache.update(keys, values, layer)
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        return out.logits, [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+
+def past_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(heads, width of a head) of the keys and values that each layer caches.
+
+    Raises: UsageError for a model without such a cache, or whose layers keep something else than all positions.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    with torch.no_grad():
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None) if model.can_generate() else None
+    if not isinstance(cache, DynamicCache):
+        raise UsageError(f"{type(model).__name__} keeps no keys and values to generate from; export onnx without cache")
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer or layer.keys.shape != layer.values.shape:
+            raise UsageError(f"a layer caches as {type(layer).__name__}, not every position; export onnx without cache")
+    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
+
+
+def past_names(num_layers: int, kind: str) -> list[str]:
+    """Names of the cache's tensors in the graph, in order; `kind` is `past_key_values` (inputs) or `present`."""
+    return [f"{kind}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
+
+
 def shared_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     """Float Linear and Embedding layers whose weight another one has as well, by name."""
     owners: dict[int, list[str]] = {}
@@ -86,28 +126,28 @@ def has_experts(model: PreTrainedModel) -> bool:
     return model._can_set_experts_implementation() and any(p.dim() == 3 for p in model.parameters())
 
 
-def trace(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> onnx.ModelProto:
+def trace(model: PreTrainedModel, probe: Mapping[str, Tensor], *, cache: bool = False) -> onnx.ModelProto:
     """The graph of `model`, packed and in float32, for any batch and any length that its positions allow.
 
-    `probe`: inputs int64 [B, T], both at least 2; names as in `INPUTS`.
+    `probe`: inputs int64 [B, T], both at least 2; names as in `INPUTS`. With `cache` the graph also takes the keys and
+    values of earlier positions, [B, heads, P, width] a layer, with an attention mask [B, P + T], and gives all.
     Raises: UsageError where a convolution is quantized, or torch's exporter cannot trace the architecture.
     """
     skeleton = _with_placeholders(model)
     if has_experts(model):
         skeleton.set_experts_implementation("batched_mm")  # the default, a grouped product, has no ONNX operator
-    names = [name for name in INPUTS if name in probe]
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence", max=_positions(model))
+    traced, kwargs, shapes, names, out = (_cached if cache else _plain)(model, skeleton, probe)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _Logits(skeleton).eval(),
+                traced.eval(),
                 (),
-                kwargs={name: probe[name] for name in names},
+                kwargs=kwargs,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes={name: {0: batch, 1: length} for name in names},
+                dynamic_shapes=shapes,
                 input_names=names,
-                output_names=["logits"],
+                output_names=out,
                 verbose=False,
             )
     except Exception as error:  # its exporter raises many types, each of which says that it cannot
@@ -119,6 +159,32 @@ def trace(model: PreTrainedModel, probe: Mapping[str, Tensor]) -> onnx.ModelProt
     proto: onnx.ModelProto = program.model_proto
     _strip(proto)
     return proto
+
+
+_Traced = tuple[nn.Module, dict[str, Any], dict[str, Any], list[str], list[str]]
+
+
+def _plain(model: PreTrainedModel, skeleton: PreTrainedModel, probe: Mapping[str, Tensor]) -> _Traced:
+    """(module, its arguments, their axes, names of inputs, of outputs)."""
+    names = [name for name in INPUTS if name in probe]
+    batch, length = Dim("batch"), Dim("sequence", max=_positions(model))
+    shapes = {name: {0: batch, 1: length} for name in names}
+    return _Logits(skeleton), {name: probe[name] for name in names}, shapes, names, ["logits"]
+
+
+def _cached(model: PreTrainedModel, skeleton: PreTrainedModel, probe: Mapping[str, Tensor]) -> _Traced:
+    """As `_plain`, with three earlier positions."""
+    of_layers = past_shapes(model)
+    ids = probe["input_ids"]
+    batch, earlier = ids.shape[0], 3
+    past = [(torch.zeros(batch, h, earlier, w), torch.zeros(batch, h, earlier, w)) for h, w in of_layers]
+    mask = torch.ones(batch, earlier + ids.shape[1], dtype=torch.int64)
+    kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
+    rows, width, places, whole = (Dim.AUTO,) * 4  # the mask's length is a sum of two, which only it can find
+    shapes: dict[str, Any] = {"input_ids": {0: rows, 1: width}, "attention_mask": {0: rows, 1: whole}}
+    shapes["past_key_values"] = [({0: rows, 2: places}, {0: rows, 2: places}) for _ in of_layers]
+    names = ["input_ids", "attention_mask", *past_names(len(of_layers), "past_key_values")]
+    return _WithCache(skeleton), kwargs, shapes, names, ["logits", *past_names(len(of_layers), "present")]
 
 
 def _with_placeholders(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -37,11 +38,12 @@ from quantailor.store.processor import ImageProcessor
 from quantailor.store.tensors import DTYPES, read_tensor
 from quantailor.store.untrusted import ModelFiles, check_finite, scan_model_folder
 
-Task = Literal["lm", "classification", "images"]
-CLASSES = {
+Task = Literal["lm", "classification", "images", "qa"]
+CLASSES: dict[str, Any] = {
     "lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
     "images": AutoModelForImageClassification,
+    "qa": AutoModelForQuestionAnswering,
 }
 # What transformers raises for a config.json whose values make no model.
 CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, StrictDataclassError)
@@ -71,6 +73,8 @@ def task_of(config: dict[str, Any]) -> Task | None:
         return "lm"
     if "ForImageClassification" in names:
         return "images"
+    if "ForQuestionAnswering" in names:
+        return "qa"
     return "classification" if "ForSequenceClassification" in names else None
 
 
@@ -262,7 +266,7 @@ def _from_pretrained(
             f"{folder}: tensor {min(key for key, *_ in mismatched)} has another shape than config.json says; "
             "the folder is damaged"
         )
-    head = ("classifier.", "score.", "classification_head.", "pre_classifier.")
+    head = ("classifier.", "score.", "classification_head.", "pre_classifier.", "qa_outputs.")
     notes = []
     if new_head:
         made = [key for key in missing if key.startswith(head) or ".pooler." in key]

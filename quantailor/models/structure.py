@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from quantailor.recipe import block_prefixes
 
@@ -36,3 +37,12 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
 def modules_of(model: nn.Module, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
     """(name, module) of all modules of these types; a module that hangs in two places comes once, as torch lists it."""
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def logits_of(output: Any) -> Tensor:
+    """What a model answers: its logits; those of starts and ends side by side [B, T, 2] where it points into a text;
+    else the output itself."""
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output
+    return logits

@@ -14,6 +14,7 @@ from quantailor.evaluate.parity import differing, digests
 from quantailor.formats import folder as folders
 from quantailor.formats import gguf
 from quantailor.formats.receipt import ExportReceipt, refusal
+from quantailor.formats.stock import flat_inputs
 from quantailor.numerics.measures import relative_max_difference
 from quantailor.progress import Progress
 from quantailor.store.jsonio import write_json
@@ -22,20 +23,22 @@ from quantailor.store.publish import new_folder
 from quantailor.verbs.model import Model, as_model, default_probe, pack
 
 RECEIPT = "export.json"
+DEFAULT = ("hf", "onnx", "gguf")
 _ONNX_EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export(
     folder: str | Path | Model,
     out: str | Path,
-    formats: Sequence[str] = ("hf", "onnx", "gguf"),
+    formats: Sequence[str] = DEFAULT,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[ExportReceipt]:
     """Write a quantized model into a folder of each format below `out`, and the proofs into `out`/export.json.
 
-    `hf`: our folder, which transformers loads; `onnx`: a graph of opset 21; `gguf`: one file for llama.cpp. No layer is
+    `hf`: our folder, which transformers loads; `onnx`: a graph of opset 21; `onnx-cache`: the
+    same with the keys and values of earlier positions, to generate from; `gguf`: one file for llama.cpp. No layer is
     quantized anew: a format that cannot say one is refused, which its receipt tells, and the others are written.
     Raises: UsageError if the model is float, a format is unknown or every one is refused; QualityGateFailed if what was
     written does not hold or compute what the model does. `out` appears whole or not at all.
@@ -112,13 +115,19 @@ def write_and_read(folder: Path, model: Model, format: str | None = None) -> Exp
         raise QualityGateFailed(f"{layer}: {what} differ after reading; nothing was written; please report this model")
     reader = "stock transformers with compressed-tensors" if chosen == "compressed-tensors" else "transformers, after"
     reader += "" if chosen == "compressed-tensors" else " `import quantailor.hf`,"
-    notes = (f"layout {chosen}: {reader} reads it",)
+    notes: tuple[str, ...] = (f"layout {chosen}: {reader} reads it",)
+    if chosen == "compressed-tensors" and (flat := flat_inputs(again, model.probe)):
+        notes += (
+            f"{', '.join(flat[:3])} {'gets' if len(flat) == 1 else 'get'} a 2-D input, for which stock "
+            "compressed-tensors (0.20) takes one scale where ours has one a row; keep it by a rule if stock "
+            "transformers is to compute the same",
+        )
     return ExportReceipt(
         "own" if format == "quantailor" else "hf", (), len(model.state.inventory.quantized), True, difference, notes
     )
 
 
-def _onnx(folder: Path, model: Model) -> ExportReceipt:
+def _onnx(folder: Path, model: Model, cache: bool = False) -> ExportReceipt:
     if missing := [name for name in _ONNX_EXTRA if find_spec(name) is None]:
         raise UsageError(f"ONNX needs the package {missing[0]}; install it with: pip install 'quantailor[onnx]'")
     from quantailor.formats import onnx
@@ -127,7 +136,11 @@ def _onnx(folder: Path, model: Model) -> ExportReceipt:
     if model.task == "images":
         raise UsageError("the model takes images, and the ONNX export traces tokens; export it as hf")
     assert model.probe is not None
-    return onnx.write(folder, model.model, model.tokenizer, model.probe)
+    return onnx.write(folder, model.model, model.tokenizer, model.probe, cache=cache)
+
+
+def _onnx_cache(folder: Path, model: Model) -> ExportReceipt:
+    return _onnx(folder, model, cache=True)
 
 
 def _gguf(folder: Path, model: Model) -> ExportReceipt:
@@ -143,4 +156,9 @@ def check_points(model: Model, format: str) -> None:
         raise UsageError(f"{format} has no place for {point.name}, a quantized point inside a block; export as hf")
 
 
-WRITERS: dict[str, Callable[..., ExportReceipt]] = {"hf": write_and_read, "onnx": _onnx, "gguf": _gguf}
+WRITERS: dict[str, Callable[..., ExportReceipt]] = {
+    "hf": write_and_read,
+    "onnx": _onnx,
+    "onnx-cache": _onnx_cache,
+    "gguf": _gguf,
+}

@@ -33,6 +33,7 @@ from quantailor.verbs.model import (
     examples_for,
     fill,
     probe_of,
+    refuse_questions,
 )
 from quantailor.verbs.quantizing import PointsLike, recipe_for
 
@@ -82,6 +83,7 @@ def fit(
     inputs = [Path(p) for p in (model, data, eval_data) if isinstance(p, str | Path)]
     with new_folder(Path(out), overwrite=overwrite, inputs=inputs) as folder:
         source = as_model(model)
+        refuse_questions(source)
         if source.state is not None:
             raise UsageError("the model is quantized already; start from its float parent")
         planned_for = planned(source.model, recipe).inventory  # the user's mistakes: before anything is measured

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from quantailor.data.examples import Examples
 from quantailor.data.images import load_images
 from quantailor.data.loading import Data, load_examples
+from quantailor.data.squad import QAExamples, load_questions
 from quantailor.errors import UntrustedInput, UsageError
 from quantailor.evaluate.classification import ClassificationResult
 from quantailor.evaluate.lm import LMResult
+from quantailor.evaluate.qa import QAResult
 from quantailor.formats import folder as folders
 from quantailor.formats import foreign
 from quantailor.formats.gguf_model import read_gguf
@@ -36,7 +38,7 @@ from quantailor.store.manifest import hash_folder, write_manifest
 from quantailor.store.paths import shown
 from quantailor.store.publish import new_folder
 
-Result = LMResult | ClassificationResult
+Result = LMResult | ClassificationResult | QAResult
 
 
 @dataclass
@@ -146,6 +148,8 @@ def examples_for(model: Model, data: Data | Examples, *, context: int = 256, lim
         names = label_names_of(model)
         channels = int(getattr(model.model.config, "num_channels", 3))
         return load_images(data, model.tokenizer, channels=channels, limit=limit, label_names=names)  # type: ignore[arg-type]
+    if model.task == "qa":
+        return _questions_for(model, data, context, limit)
     positions = getattr(model.model.config, "max_position_embeddings", None)
     longest = min(context, positions) if isinstance(positions, int) else context
     names = label_names_of(model) if model.task == "classification" else None
@@ -160,6 +164,16 @@ def label_names_of(model: Model) -> tuple[str, ...] | None:
     return None if all(name.startswith("LABEL_") for name in ordered) else ordered
 
 
+def _questions_for(model: Model, data: Data, context: int, limit: int | None) -> QAExamples:
+    if not isinstance(data, str | Path):
+        raise UsageError("a model for answers takes its questions from a file in SQuAD's form; name one")
+    positions = getattr(model.model.config, "max_position_embeddings", None)
+    longest = min(context, positions) if isinstance(positions, int) else context
+    examples = load_questions(data, model.tokenizer, context=longest, limit=limit)
+    _check_tokens(examples, model)
+    return examples
+
+
 def _check_tokens(examples: Examples, model: Model) -> None:
     """Raises: UntrustedInput if the tokenizer gives numbers that the model has no embedding for."""
     highest = max(int(batch["input_ids"].max()) for batch in examples.batches(1024))
@@ -167,6 +181,15 @@ def _check_tokens(examples: Examples, model: Model) -> None:
         raise UntrustedInput(
             f"the tokenizer gives token {highest}, and the model knows {model.model.config.vocab_size}: it is another "
             "model's; put the right tokenizer files into the model's folder"
+        )
+
+
+def refuse_questions(model: Model) -> None:
+    """Raises: UsageError for a model that answers questions out of a text: it is quantized and measured, no more."""
+    if model.task == "qa":
+        raise UsageError(
+            "a model for answers out of a text (qa) can be quantized, evaluated, checked and exported; training and "
+            "searching need a loss, which this package has for language models and classifiers"
         )
 
 

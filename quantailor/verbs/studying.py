@@ -18,7 +18,7 @@ from quantailor.progress import Progress
 from quantailor.searching.sensitivity import Study
 from quantailor.searching.variants import check_choices
 from quantailor.spec import Scheme
-from quantailor.verbs.model import Model, as_model, examples_for
+from quantailor.verbs.model import Model, as_model, examples_for, refuse_questions
 
 HELD_ROWS = {"lm": 16, "classification": 96}  # what divergence is measured on, where the caller does not say
 
@@ -61,6 +61,7 @@ def make_study(
 def copied(model: str | Path | Model) -> tuple[Model, nn.Module]:
     """The model, and a copy of its module to work on, in eval mode."""
     source = as_model(model)
+    refuse_questions(source)
     if source.state is not None:
         raise UsageError("the model is quantized already; start from its float parent")
     return source, copy.deepcopy(source.model).eval()

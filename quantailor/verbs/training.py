@@ -52,7 +52,16 @@ from quantailor.verbs.lora_training import (
     method_before,
     size_of_adapter,
 )
-from quantailor.verbs.model import Model, as_model, check_comparable, examples_for, fill, load, probe_of
+from quantailor.verbs.model import (
+    Model,
+    as_model,
+    check_comparable,
+    examples_for,
+    fill,
+    load,
+    probe_of,
+    refuse_questions,
+)
 from quantailor.verbs.quantizing import PointsLike, quantize
 
 
@@ -175,6 +184,7 @@ def _train(
     source, train_data, new_head = for_training(
         model if lora is None else base_for_adapter(model), data, context, settings.seed
     )
+    refuse_questions(source)
     if source.state is None and parsed is None:
         raise UsageError("the model is float: name a scheme to train for, or `float` for a plain fine-tune")
     if points and (parsed is None or parsed.is_float):

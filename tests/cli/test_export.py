@@ -79,7 +79,7 @@ def test_a_wrong_file_is_status_5_and_nothing_appears(w4, tmp_path, monkeypatch)
 @pytest.mark.parametrize("formats", ["", "onxn", "hf,,onnx", "HF"])
 def test_unknown_formats_are_status_2(formats, w4, tmp_path):
     ran = shell("export", w4, "--formats", formats, "--out", tmp_path / "out", "--quiet")
-    assert ran.status == 2 and "is none of hf, onnx, gguf" in ran.error
+    assert ran.status == 2 and "is none of hf, onnx, onnx-cache, gguf" in ran.error
 
 
 def test_a_float_model_is_status_2_and_no_folder_is_status_3(tiny_lm, tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from quantailor.errors import UsageError
-from quantailor.evaluate.metrics import accuracy, f1, matthews
+from quantailor.evaluate.metrics import accuracy, f1, matthews, pearson, spearman
 
 
 def f1_by_definition(predictions, labels, positive):
@@ -65,3 +65,49 @@ def test_lengths_are_checked():
     for predictions, labels in ((np.array([1]), np.array([1, 0])), (np.array([]), np.array([]))):
         with pytest.raises(UsageError, match="one each is needed"):
             accuracy(predictions, labels)
+
+
+def fixtures():
+    """Classes and scores of many shapes: few and many rows, ties, skew, one class, more classes than rows."""
+    rng = np.random.default_rng(7)
+    for num_rows in (2, 3, 10, 101, 1000):
+        for num_labels in (2, 3, 7):
+            labels = rng.integers(num_labels, size=num_rows)
+            guesses = rng.integers(num_labels, size=num_rows)
+            yield np.where(rng.random(num_rows) < 0.7, labels, guesses), labels, num_labels
+
+
+def test_equal_to_scikit_learn():
+    """What GLUE's own scripts call, but for classes that are neither predicted nor there."""
+    theirs = pytest.importorskip("sklearn.metrics")
+    for predictions, labels, num_labels in fixtures():
+        assert abs(accuracy(predictions, labels) - theirs.accuracy_score(labels, predictions)) < 1e-9
+        average = {"average": "binary"} if num_labels == 2 else {"average": "macro"}
+        assert abs(f1(predictions, labels, num_labels) - theirs.f1_score(labels, predictions, **average)) < 1e-9
+        assert abs(matthews(predictions, labels) - theirs.matthews_corrcoef(labels, predictions)) < 1e-9
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 10, 1500])
+@pytest.mark.parametrize("ties", [False, True])
+def test_correlations_equal_scipy(num_rows, ties):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(num_rows)
+    labels = rng.normal(size=num_rows) * 3 + 100
+    predictions = labels * 0.2 + rng.normal(size=num_rows) - 5
+    if ties and num_rows > 3:
+        labels, predictions = labels.round(), predictions.round()
+    assert abs(pearson(predictions, labels) - stats.pearsonr(predictions, labels).statistic) < 1e-9
+    assert abs(spearman(predictions, labels) - stats.spearmanr(predictions, labels).statistic) < 1e-9
+
+
+def test_correlations_by_hand():
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 5.0])
+    # deviations -1.5 -.5 .5 1.5 and -1.75 .25 -.75 2.25: products 5.5, squares 5 and 8.75; ranks 1 3 2 4
+    assert pearson(x, y) == pytest.approx(5.5 / (5 * 8.75) ** 0.5, abs=1e-12)
+    assert spearman(x, y) == pytest.approx(1 - 6 * 2 / (4 * 15), abs=1e-12)
+    assert spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(0.75**0.5, abs=1e-12)
+
+
+def test_no_correlation_without_two_different_finite_scores():
+    for bad in (np.ones(3), np.array([1.0, np.nan, 2.0]), np.array([1.0, np.inf, 2.0])):
+        assert np.isnan(pearson(bad, np.arange(3.0))) and np.isnan(spearman(np.arange(3.0), bad))

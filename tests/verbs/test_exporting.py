@@ -124,8 +124,8 @@ def test_an_hf_folder_that_reads_back_otherwise_is_an_error(w4, tmp_path, monkey
 @pytest.mark.parametrize(
     "formats, message",
     [
-        (["onxn"], "format 'onxn' is none of hf, onnx, gguf"),
-        ("hf,pt", "format 'pt' is none of hf, onnx, gguf"),
+        (["onxn"], "format 'onxn' is none of hf, onnx, onnx-cache, gguf"),
+        ("hf,pt", "format 'pt' is none of hf, onnx, onnx-cache, gguf"),
         ([], "no format to export to"),
         ([""], "format '' is none of"),
     ],
