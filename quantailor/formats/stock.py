@@ -48,7 +48,7 @@ def stock_logits(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
 
 def flat_inputs(model: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
     """Layers with quantized inputs that are given a 2-D input. compressed-tensors (0.20) takes one scale for all of it
-    where a token has one in ours and in vLLM, so stock transformers computes something else there."""
+    where each token has one in ours, so stock transformers computes something else there."""
     found: list[str] = []
 
     def hook_for(name: str) -> Callable[..., None]:
