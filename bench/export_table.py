@@ -5,7 +5,7 @@
 QUANTAILOR_DATA points at the real models (docs/BENCHMARKS.md); GPT-2 and Qwen3-MoE are made from their configs, with
 random weights; MiniLM gets a head that is fine-tuned a little on SST-2 and kept in the cache. Integers come from
 rounding (`rtn`): which ones they are changes nothing here. VENV holds llama-cpp-python (bench/llamacpp_parity.py).
-Cells that the cache has of this commit are not made again, so a run that was cut short goes on.
+Rows that the cache has are not made again, so a run that was cut short goes on; each names the commit that made it.
 
     hf       stock transformers with compressed-tensors loads the folder: logits against ours with products of reals
              (`as_stock`) and against our product of integers; our own layout is read through `import quantailor.hf`
@@ -235,7 +235,7 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here).stdout
-    done = options.cache / f"cells-{commit.strip()}.jsonl"
+    done = options.cache / "rows.jsonl"
     known = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
     rows: list[dict[str, Any]] = []
     for name in options.models.split(","):
@@ -248,7 +248,8 @@ def main() -> None:
                     start = time.perf_counter()
                     with tempfile.TemporaryDirectory() as work:
                         made = made_cells(source, scheme, options.llamacpp, Path(work))
-                    row = {"model": name, "scheme": scheme, "seconds": time.perf_counter() - start, **made}
+                    row = {"model": name, "scheme": scheme, "commit": commit.strip(), "seconds": 0.0, **made}
+                    row["seconds"] = time.perf_counter() - start
                     row["verdicts"] = {n: verdict(n, c, row["jitter"]) for n, c in row["formats"].items()}
                     with done.open("a") as stream:
                         stream.write(json.dumps(row) + "\n")

@@ -100,10 +100,11 @@ def past_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
         cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None) if model.can_generate() else None
     if not isinstance(cache, DynamicCache):
         raise UsageError(f"{type(model).__name__} keeps no keys and values to generate from; export onnx without cache")
-    for layer in cache.layers:
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
         if type(layer) is not DynamicLayer or layer.keys.shape != layer.values.shape:
             raise UsageError(f"a layer caches as {type(layer).__name__}, not every position; export onnx without cache")
-    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
+    return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
 
 
 def past_names(num_layers: int, kind: str) -> list[str]:

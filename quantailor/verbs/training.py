@@ -16,6 +16,7 @@ from quantailor.data.loading import Data, load_examples, overlap, split
 from quantailor.environment import environment
 from quantailor.errors import UntrustedInput, UsageError
 from quantailor.evaluate.classification import ClassificationResult
+from quantailor.evaluate.lm import LMResult
 from quantailor.evaluate.run import evaluate as measure
 from quantailor.formats import folder as folders
 from quantailor.models.adapt import active, adapters
@@ -244,9 +245,9 @@ def _train(
 
     def score(candidate: Any) -> tuple[float, ...]:
         result = measure(candidate, held_out)
-        return (
-            (-result.value, result.mean_loss) if isinstance(result, ClassificationResult) else (result.nats_per_token,)
-        )
+        if isinstance(result, ClassificationResult):
+            return -result.value, result.mean_loss
+        return (result.nats_per_token,) if isinstance(result, LMResult) else (-result.value,)
 
     floating = _floating_score(source, reference, settings, score)
     with ExitStack() as stack:

@@ -270,7 +270,10 @@ def test_mistakes_in_train(tiny_lm, tiny_bert, earlier, corpus, w8a8):
 
 def test_mistakes_in_eval(tiny_lm, tiny_bert, corpus):
     for args, told in (
-        ((tiny_bert, "--data", corpus / "valid.jsonl", "--task", "qa"), "task 'qa' is none of lm, classification"),
+        (
+            (tiny_bert, "--data", corpus / "valid.jsonl", "--task", "ner"),
+            "task 'ner' is none of lm, classification, qa",
+        ),
         (
             (tiny_lm, "--data", corpus / "valid.txt", "--task", "classification"),
             "is made for lm, not for classification",

@@ -111,7 +111,8 @@ def test_it_computes_what_our_integers_compute(told, name):
     its embeddings are moved by one unit in the last place, give or take the luck of a few roundings."""
     found = told["folders"][name]
     rounded = "a8" in CASES[name][1] or name == "mixed"
-    assert found["ours"] <= (2e-2 if rounded else 1e-5)
+    limit = 1e-1 if found["flat"] else 2e-2 if rounded else 1e-5  # a flat input: see `flat_inputs`
+    assert found["ours"] <= limit
     if not rounded:
         assert found["jitter"] <= 1e-5
 
