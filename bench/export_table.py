@@ -85,7 +85,7 @@ def minilm(_folder: Path, cache: Path) -> Model:
         api.save(trained, kept)
     model = qt.load(kept)
     lines = (DATA / "tasks" / "sst2" / "dev.jsonl").read_text().splitlines()[:8]
-    batch = model.tokenizer([json.loads(line)["text"] for line in lines], padding=True, return_tensors="pt")
+    batch = model.tokenizer([json.loads(line)["sentence"] for line in lines], padding=True, return_tensors="pt")
     model.probe = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return model
 
@@ -106,7 +106,7 @@ def from_config(make: Callable[[int], Any]) -> Callable[[Path, Path], Model]:
 
 
 def gpt2(vocab_size: int) -> GPT2LMHeadModel:
-    sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256}
+    sizes = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2}
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, initializer_range=0.2, **sizes))
 
 

@@ -81,7 +81,8 @@ def write(
     if by_default > max(1e-4, 2 * difference):
         notes.append(
             f"with ONNX Runtime's default settings the logits differ by {by_default:.1e}: it rounds the activations of "
-            'these products to 8 bits by itself; set session option "session.qdq_matmulnbits_accuracy_level" to "1"'
+            "float products to 8 bits by itself, and sums of int8 products overflow on x86 without VNNI; set session "
+            f"options {' and '.join(onnx_check.SESSION)} to 1, as the file's metadata say"
         )
     alone = onnx_check.layer_difference(read, plain, probe)
     _check(differences, difference, alone, layers)
@@ -230,7 +231,7 @@ def _notes(model: PreTrainedModel, layers: Mapping[str, Any], cache: bool) -> li
         notes.append(f"{len(integer)} layers find the scale of each token in the graph and multiply integers")
     if any(s is not None for s in inputs):
         notes.append(
-            "on x86 processors without VNNI, sums of int8 products may saturate (says ONNX Runtime's documentation): "
+            "on x86 processors without VNNI, sums of int8 products overflow in ONNX Runtime's default kernels: "
             'set session option "session.x64quantprecision" to "1" there'
         )
     if has_experts(model):

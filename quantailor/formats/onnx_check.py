@@ -27,8 +27,9 @@ from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantEmbedding, QuantLinear
 from quantailor.numerics.measures import relative_max_difference
 
-# Otherwise ONNX Runtime multiplies dequantized weights with activations that it rounds to 8 bits by itself.
-SESSION = {"session.qdq_matmulnbits_accuracy_level": "1"}
+# Otherwise ONNX Runtime multiplies dequantized weights with activations that it rounds to 8 bits by itself, and, on x86
+# processors without VNNI, lets pairs of int8 products overflow 16 bits: whole layers are then off by tens of percent.
+SESSION = {"session.qdq_matmulnbits_accuracy_level": "1", "session.x64quantprecision": "1"}
 IN_MEMORY = 1_500_000_000  # bytes of weights that a graph may have to be handed over without a file
 _PRODUCT = re.compile(r"(.+)/product")
 
