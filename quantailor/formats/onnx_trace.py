@@ -101,9 +101,8 @@ def past_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     if not isinstance(cache, DynamicCache):
         raise UsageError(f"{type(model).__name__} keeps no keys and values to generate from; export onnx without cache")
     layers: list[Any] = list(cache.layers)
-    for layer in layers:
-        if type(layer) is not DynamicLayer or layer.keys.shape != layer.values.shape:
-            raise UsageError(f"a layer caches as {type(layer).__name__}, not every position; export onnx without cache")
+    if odd := {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__}:
+        raise UsageError(f"a layer caches as {min(odd)}, not every position; export onnx without cache")
     return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
 
 
