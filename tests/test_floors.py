@@ -138,6 +138,10 @@ import logging, os, sys, warnings
 import torch, transformers, accelerate, datasets, peft  # what they do on import is theirs
 import transformers.trainer, transformers.quantizers
 import rich, typer
+try:
+    import lm_eval.evaluator, lm_eval.models.huggingface, lm_eval.tasks
+except ImportError:
+    pass  # an extra
 def state():
     loggers = {n: (l.level, len(l.handlers)) for n, l in logging.root.manager.loggerDict.items() if hasattr(l, "level")}
     ours = {n: v for n, v in loggers.items() if n.startswith("quantailor")}
