@@ -1,7 +1,7 @@
 """What stock transformers with compressed-tensors computes from a folder of ours, said in torch: the same integers and
 scales, multiplied as reals.
 
-    x_hat = clamp(round(x / s), -128, 127) s,   s = max |x| / 127.5 of a token        w_hat = q scale
+    x_hat = clamp(round(x / s), -128, 127) s,   s = max |x| / 127.5 of a token, or static        w_hat = q scale
     y     = x_hat w_hat^T + b                   in float, where `kernels/ops.py` multiplies integers and scales sums
 
 In exact arithmetic both are equal. In float they differ in the last bits, and a negative extreme, which lies halfway
@@ -24,7 +24,6 @@ from quantailor.evaluate.measuring import measuring
 from quantailor.formats.layout import is_plain_int8
 from quantailor.models.structure import logits_of, modules_of
 from quantailor.nn.packed import QuantLinear
-from quantailor.spec import PerToken
 
 
 @contextmanager
@@ -57,7 +56,7 @@ def flat_inputs(model: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
     handles = [
         module.register_forward_pre_hook(hook_for(name))
         for name, module in modules_of(model, QuantLinear)
-        if _is_its(module)
+        if _is_its(module) and module.scheme.input.dynamic
     ]
     try:
         with measuring(model) as device:
@@ -70,11 +69,17 @@ def flat_inputs(model: nn.Module, probe: Mapping[str, Tensor]) -> list[str]:
 
 def _is_its(module: Any) -> bool:
     spec = module.scheme.input
-    return spec is not None and is_plain_int8(spec) and isinstance(spec.granularity, PerToken)
+    return spec is not None and is_plain_int8(spec)
 
 
 def _forward_of(module: QuantLinear) -> Callable[[Tensor], Tensor]:
+    static: Tensor | None = getattr(module, "input_scale", None)
+
     def forward(x: Tensor) -> Tensor:
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        weight = module.packed.dequantize().to(x.dtype)
+        if static is not None:
+            return F.linear(torch.round(x / static).clamp(-128, 127) * static, weight, bias)
         axes = tuple(range(2, x.dim()))  # its "token" is what the first two axes name; without a third: everything
         low, high = (x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)) if axes else torch.aminmax(x)
         zero = torch.zeros_like(low)
@@ -82,7 +87,6 @@ def _forward_of(module: QuantLinear) -> Callable[[Tensor], Tensor]:
         scale = largest / 127.5
         scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
         x_hat = torch.round(x / scale).clamp(-128, 127) * scale
-        bias = None if module.bias is None else module.bias.to(x.dtype)
-        return F.linear(x_hat, module.packed.dequantize().to(x.dtype), bias)
+        return F.linear(x_hat, weight, bias)
 
     return forward

@@ -29,6 +29,7 @@ CASES = {
     "w4a16": ("llama", "w4a16-g4", {"ragged": False}),
     "w2a16": ("llama", "w2a16-g32", {"rules": (("*.down_proj", "keep"),)}),
     "mixed": ("llama", "w4a16-g32", {"rules": (("*.down_proj", "w8a8"),), "ragged": False}),
+    "w8a8 static": ("llama", "w8a8-static", {}),
     "bert w8a8": ("bert", "w8a8", {"rules": (("*.pooler.dense", "w8a8"),)}),
 }
 
