@@ -43,6 +43,8 @@ def equal(row: dict[str, Any]) -> str:
 
 
 def export_table() -> str:
+    if not RESULT.exists():
+        return "The bench has not been run whole yet."
     lines = [
         "| model | scheme | integers equal | stock transformers | ONNX Runtime | llama.cpp |",
         "|---|---|---|---|---|---|",
