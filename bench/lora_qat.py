@@ -35,7 +35,7 @@ from quantailor.api import environment, examples_for
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("QUANTAILOR_DATA", HERE.parents[1] / "shared" / "data"))
-CONTEXT, WINDOWS, CHOOSING = 256, 200, 60
+CONTEXT, WINDOWS, CHOOSING = 256, 100, 40
 SCHEME = "w4a16-g32"
 WAYS: dict[str, qt.LoRA | None] = {
     "qat": None,
@@ -68,7 +68,7 @@ class Bench:
 
     def settings(self, seed: int, **changes: Any) -> qt.Settings:
         o = self.options
-        return qt.Settings(seed=seed, steps=o.steps, batch_size=o.batch_size, evaluations=4, **changes)
+        return qt.Settings(seed=seed, steps=o.steps, batch_size=o.batch_size, evaluations=3, **changes)
 
     def start(self, seed: int) -> qt.Model:
         return qt.quantize(self.float, SCHEME, method=self.options.start, data=self.train, samples=64, seed=seed)
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", default="rtn", help="PTQ method all ways start from")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--rates", nargs="*", type=float, help="learning rates to try instead of the default")

@@ -33,6 +33,7 @@ def run(code: list[str], folder: Path) -> str:
         ("new_task", [], "tune quantized - restore"),
         ("watched", ["4"], "ended by"),
         ("export_everywhere", [], "layers, the same integers"),
+        ("lora_qat", ["6"], "inside the rounding: merging moves logits by 0.0"),
     ],
 )
 def test_example(name, arguments, expected, tmp_path):
@@ -50,4 +51,5 @@ def test_readme_block(page, tmp_path):
 def test_all_examples_are_run():
     run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8", "inside_block", "auto_qat", "nas"}
     run |= {"hybrid", "partial", "cnn_qat", "probe", "new_task", "watched", "export_everywhere"}
+    run |= {"lora_qat"}
     assert {p.stem for p in (ROOT / "examples").glob("*.py")} == run

@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 from quantailor.kernels.ops import IntegerInput, IntegerWeight, int_linear
 from quantailor.nn.int_forward import output_dtype, product_in_use
 
-_WEIGHTS_AT_ONCE = {"cpu": 2**18}  # 1 MiB of float32; a GPU's kernels want more to do at a time
+_WEIGHTS_AT_ONCE = {"cpu": 2**16}  # 256 KiB of float32 stay in the cache; a GPU wants more to do at a time
 _ON_OTHERS = 2**24
 
 
