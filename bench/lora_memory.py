@@ -4,8 +4,8 @@ A Llama of the given size whose packed integers are drawn at random (no float we
 inside the rounding on every linear layer, AdamW, steps on random tokens. Counted: bytes of the tensors held (packed
 base with its float embeddings and norms; adapters and gradients; optimizer), and of what backward keeps (activations,
 by hooks on saved tensors). Measured: the process's peak resident memory above what it was before the model was built,
-after the imports and a step of a tiny model. `--plain` is the control: the same layers, with the weight rounded by ordinary autograd operations,
-which keep float copies for backward.
+after the imports and a step of a tiny model. `--plain` is the control: the same layers, with the weight rounded by
+ordinary autograd operations, which keep float copies for backward.
 
     python bench/lora_memory.py --out bench/results/lora_memory.json
 

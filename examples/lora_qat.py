@@ -17,6 +17,8 @@ for inside in (True, False):  # LoRA-QAT, and QLoRA beside the rounding
     tuned = qt.train(MODEL, train, eval_data=valid[:4], **options)
     with torch.no_grad():
         trained, merged = (m.model.eval()(input_ids=ids).logits for m in (tuned, qt.merge(tuned)))
-    print("inside" if inside else "beside", "the rounding: merging moves logits by", float((trained - merged).abs().max()))
+    print(
+        "inside" if inside else "beside", "the rounding: merging moves logits by", float((trained - merged).abs().max())
+    )
     qt.save_adapter(tuned, f"adapter-{inside}")
 print(qt.lora_size(tuned, lora))

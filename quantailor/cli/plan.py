@@ -31,6 +31,9 @@ def plan(
     epochs: Annotated[float | None, typer.Option(help="of the longer QAT; by default fit's number of steps")] = None,
     samples: o.SamplesOption = 128,
     rank: Annotated[int, typer.Option(help="of LoRA-QAT's adapters", min=1)] = 16,
+    lora_targets: Annotated[
+        str | None, typer.Option(help="layers that get them, by the last parts of their names; by default all")
+    ] = None,
     no_weights: Annotated[bool, typer.Option("--no-weights", help="there is no trained model to start from")] = False,
     native: Annotated[bool, typer.Option("--native", help="an architecture made for few bits, such as BitNet")] = False,
     must_be_faster: Annotated[
@@ -77,12 +80,31 @@ def plan(
         rules=o.rules(rule),
     )
     document = found.to_json()
-    lines = ""
+    document["lora"], lines = adapter(model, rank, lora_targets)
     if why_not is not None:
         answer = found.why_not(why_not)
         document["asked"] = {"why_not": why_not, "because": answer}
-        lines = f"\nwhy not {why_not}: {answer}"
+        lines += f"\nwhy not {why_not}: {answer}"
     o.show(document, "" if json else text(found) + lines, json)
+
+
+def adapter(model: Path, rank: int, targets: str | None) -> tuple[dict[str, float] | None, str]:
+    """What LoRA-QAT's adapters train, counted: for the document, and a line for people. (None, "") without a linear
+    layer. Raises: UsageError for a target that is in no layer's name."""
+    from quantailor.errors import UsageError
+    from quantailor.nn.lora import LoRA
+    from quantailor.verbs.adapters import lora_size
+
+    names = None if targets is None else tuple(name.strip() for name in targets.split(",") if name.strip())
+    try:
+        size = lora_size(model, LoRA(r=rank, target_modules=names))
+    except UsageError:
+        if targets is not None:
+            raise
+        return None, ""
+    where = "every linear layer" if names is None else ", ".join(names)
+    document = {"rank": rank, "trainable": size.trainable, "total": size.total, "layers": size.layers}
+    return document, f"\nadapters of rank {rank} on {where}: {size}"
 
 
 def text(found: Plan) -> str:

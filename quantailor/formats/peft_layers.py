@@ -42,6 +42,10 @@ class LoraQuantLinear(nn.Module, LoraLayer):
         self._unmerged: PackedWeight | None = None
         self.update_layer(adapter_name, others.pop("r"), lora_alpha=others.pop("lora_alpha"), config=config)
 
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
+        """peft guesses by type, and warns of one that it does not know."""
+        return (module.in_features, module.out_features) if isinstance(module, QuantLinear) else (None, None)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:

@@ -1,8 +1,12 @@
 """`train --lora` and `merge` as a shell sees them."""
 
+import json
+
 import pytest
 
 import quantailor as qt
+from quantailor.cli.plan import adapter
+from quantailor.errors import UsageError
 from quantailor.evaluate.parity import digests
 from tests.cli.shell import shell
 
@@ -51,3 +55,15 @@ def test_a_mistake_is_one_line(tiny_lm, corpus, tmp_path, options, words, monkey
     monkeypatch.chdir(tmp_path)
     ran = train(tiny_lm, corpus, tmp_path / "out", "--scheme", "w4a16-g32", *options)
     assert ran.status == 2 and words in ran.error and not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_what_an_adapter_trains(tmp_path):
+    """Llama-2-7B's config: r = 64 on q and v is 33.6 M, 0.50 %. No weight is made."""
+    sizes = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 32, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    document, line = adapter(tmp_path / "config.json", 64, "q_proj,v_proj")
+    assert document == {"rank": 64, "trainable": 33_554_432, "total": 6_738_415_616 + 33_554_432, "layers": 64}
+    assert "33.6 M trainable of 6.77 B parameters (0.50%)" in line
+    with pytest.raises(UsageError, match="'q_prj'"):
+        adapter(tmp_path / "config.json", 64, "q_prj")

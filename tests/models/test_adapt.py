@@ -14,6 +14,7 @@ from quantailor.models.prepare import pack_model
 from quantailor.models.structure import modules_of
 from quantailor.nn.lora import LoRA, LoRALinear
 from quantailor.nn.packed import QuantLinear
+from quantailor.qat.best import Best
 from quantailor.verbs.quantizing import quantize
 from tests.formats.making import quantized, rule
 
@@ -195,6 +196,14 @@ def test_the_hash_is_the_bases(model, simulated):
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
     assert base_hash(model) != first
+
+
+def test_the_best_iterate_is_the_adapter_alone(model):
+    """Not a copy of the base, which does not move."""
+    adapt(model, LoRA(r=2, scales=True))
+    best = Best(model)
+    best.offer(0, (1.0,))
+    assert best.state and all(".adapters.default." in name for name in best.state)
 
 
 def test_a_copy_shares_what_is_frozen(model):
