@@ -184,6 +184,15 @@ def summary(cells: dict[str, dict[int, Result]]) -> Result:
     return rows
 
 
+def other_rates(cache: Path, cells: dict[str, dict[int, Result]]) -> list[Result]:
+    """Cells made with --rates: the score of the rows that choose, and the served model's ratio to float."""
+    base, found = cells["untouched"][0]["nats"], []
+    for path in sorted(cache.glob("*-seed*-*-0.*.json")):
+        cell = json.loads(path.read_text())
+        found.append({"cell": path.stem, "chosen": cell["training"]["chosen"], "ratio": math.exp(cell["nats"] - base)})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", default="rtn", help="PTQ method all ways start from")
@@ -222,6 +231,7 @@ def main() -> None:
         "commit": commit(),
         "adapters": {name: dataclasses.asdict(lora) for name, lora in WAYS.items() if lora is not None},
         "rows": summary(cells),
+        "other_rates": other_rates(options.cache, cells),
     }
     for way, row in document["rows"].items():
         share = row.get("share_of_qat", {}).get("mean")

@@ -103,7 +103,7 @@ def adapter(model: Path, rank: int, targets: str | None) -> tuple[dict[str, floa
             raise
         return None, ""
     where = "every linear layer" if names is None else ", ".join(names)
-    document = {"rank": rank, "trainable": size.trainable, "total": size.total, "layers": size.layers}
+    document: dict[str, float] = {"rank": rank, "trainable": size.trainable, "total": size.total, "layers": size.layers}
     return document, f"\nadapters of rank {rank} on {where}: {size}"
 
 

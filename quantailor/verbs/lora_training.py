@@ -20,7 +20,14 @@ from quantailor.verbs.model import Model
 # Of A and B (Adam), by the lowest number of weight bits. Tried at 4 bits alone (docs/LOG.md); at fewer bits steps are
 # wider, and rates follow those of full QAT.
 LEARNING_RATE = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 5e-4, 5: 5e-4, 6: 3e-4, 7: 3e-4, 8: 2e-4}
-_PLAIN = {"gradient": "lsq", "trains": "all", "cage": 0.0, "freeze_oscillating": None, "freeze_ranges": None}
+_PLAIN = {
+    "gradient": "lsq",
+    "trains": "all",
+    "cage": 0.0,
+    "freeze_oscillating": None,
+    "freeze_ranges": None,
+    "train_only": (),
+}
 
 
 def for_adapter(settings: Settings, lora: LoRA | int | None) -> Settings:

@@ -260,6 +260,7 @@ def test_loftq_finds_the_integers_itself(lm):
         ({"cage": 1.0}, "cage"),
         ({"freeze_ranges": 0.5}, "freeze_ranges"),
         ({"parallel": "fsdp2"}, "parallel"),
+        ({"train_only": ("*.q_proj",)}, "train_only"),
     ],
 )
 def test_settings_about_float_weights_are_refused(lm, settings, word):
