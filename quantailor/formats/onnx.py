@@ -25,6 +25,7 @@ from quantailor.formats import onnx_check
 from quantailor.formats.onnx_graph import is_doubled, on_integers, stored, with_layers
 from quantailor.formats.onnx_trace import INPUTS, has_experts, trace
 from quantailor.formats.receipt import ExportReceipt
+from quantailor.models.experts import SplitExperts
 from quantailor.models.prepare import PACKED
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantEmbedding
@@ -236,6 +237,8 @@ def _notes(model: PreTrainedModel, layers: Mapping[str, Any], cache: bool) -> li
         )
     if has_experts(model):
         notes.append("experts gather their weights for each token and choice, which takes memory on long inputs")
+    if any(True for _ in modules_of(model, SplitExperts)):
+        notes.append("every expert runs on every token, those not chosen weighted by 0: no graph follows the router")
     if cache:
         notes.append("takes past_key_values.N.key and .value [batch, heads, earlier, width], gives present")
     elif model.can_generate():

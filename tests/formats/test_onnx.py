@@ -259,7 +259,7 @@ def test_large_models_keep_their_weights_beside_the_graph(bert_w4, tmp_path):
 
 
 def test_experts_are_traced_in_a_form_that_onnx_has(tiny_lm, tmp_path):
-    """Fused experts stay float; what is around them is quantized, and the model's own way to compute them stays."""
+    """Quantized experts are layers like any others, and each runs on every token."""
     from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
@@ -273,8 +273,8 @@ def test_experts_are_traced_in_a_form_that_onnx_has(tiny_lm, tmp_path):
     packed = api.pack(api.quantize(model, "w4a16-g32", method="rtn"))
     before = packed.model.config._experts_implementation
     receipt = writer.write(tmp_path, packed.model, tokenizer, default_probe(packed))
-    assert receipt.integers_equal and receipt.layers == 4 and receipt.max_logit_difference < 1e-5
-    assert any(note.startswith("experts gather their weights") for note in receipt.notes)
+    assert receipt.integers_equal and receipt.layers == 16 and receipt.max_logit_difference < 1e-5
+    assert any(note.startswith("every expert runs on every token") for note in receipt.notes)
     assert packed.model.config._experts_implementation == before
 
 
