@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from quantailor.kernels import ops
 from quantailor.kernels.ops import (
     IntegerInput,
     IntegerWeight,
@@ -23,6 +24,14 @@ def draw(rows, length, group_size, shifted, per_tensor=False):
     shift = torch.randint(-15, 1, shape).float() + 0.5 if shifted else None
     scale = (torch.rand(shape) + 0.01) * torch.where(torch.rand(shape) < 0.3, -1, 1)  # a weight's scale has a sign
     return IntegerWeight(integers(rows, length), scale, shift, group_size)
+
+
+@pytest.mark.parametrize("has_instruction", [True, False])
+def test_processors_without_an_int8_instruction_get_the_same_sums(monkeypatch, has_instruction):
+    monkeypatch.setattr(ops, "_multiplies_int8", lambda: has_instruction)
+    x, w = (torch.randint(-128, 128, (n, 1500), dtype=torch.int8) for n in (9, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which is not to round integers
+        assert torch.equal(int_matmul(x, w), (x.long() @ w.long().t()).float())
 
 
 @pytest.mark.parametrize("matmul", [int_matmul, float_matmul])
