@@ -22,6 +22,7 @@ __all__ = [
     "Scheme",
     "Settings",
     "Space",
+    "Stage",
     "add_adapter",
     "adequacy",
     "check",

@@ -9,6 +9,7 @@ from quantailor.environment import environment
 from quantailor.nn.lora import LoRA
 from quantailor.points import Points
 from quantailor.qat.settings import Settings
+from quantailor.qat.stages import Stage
 from quantailor.recipe import Keep, Recipe, Rule
 from quantailor.searching.ladder import Goal
 from quantailor.searching.space import Space
@@ -65,6 +66,7 @@ __all__ = [
     "Sensitivity",
     "Settings",
     "Space",
+    "Stage",
     "add_adapter",
     "adequacy",
     "as_model",

@@ -228,6 +228,30 @@ def mobilenet_table() -> str:
     return "\n".join(lines)
 
 
+def routes_table() -> str:
+    """Perplexity of each route at each width, the winner in bold."""
+    data = read("routes")
+    names = list(dict.fromkeys(route for row in data["rows"] for route in row["routes"]))
+    lines = ["| bits | " + " | ".join(names) + " | winner |", "|---:|" + "---|" * (len(names) + 1)]
+    for row in data["rows"]:
+        cells = []
+        for name in names:
+            found = row["routes"].get(name)
+            if found is None:
+                cells.append("–")
+                continue
+            low_high = found["interval"]
+            spread = f" ({low_high[0]:.2f} to {low_high[1]:.2f})" if low_high else ""
+            bold = "**" if name == row.get("winner") else ""
+            cells.append(f"{bold}{found['mean']:.2f}{bold}{spread}")
+        lines.append(f"| {row['bits']} | " + " | ".join(cells) + f" | {row.get('winner', 'not complete')} |")
+    controls = ", ".join(f"{name} {found['mean']:.2f}" for name, found in data["controls"].items())
+    lines.append(
+        f"\nFloat as published {data['float']:.2f}; {controls}; {data['seeds']} seeds, {data['tokens']:,} tokens each."
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = {
         "demo": lambda: "```\n" + table(read("demo")) + "\n```",
@@ -244,6 +268,7 @@ def main() -> None:
         "savers": savers_table,
         "mobilenet": mobilenet_table,
         "formats": export_table,
+        "routes": routes_table,
     }
     for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md", "docs/FORMATS.md"):
         path = ROOT / page

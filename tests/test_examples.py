@@ -34,6 +34,10 @@ def run(code: list[str], folder: Path) -> str:
         ("watched", ["4"], "ended by"),
         ("export_everywhere", [], "layers, the same integers"),
         ("lora_qat", ["6"], "inside the rounding: merging moves logits by 0.0"),
+        ("progressive", ["6"], "w4a16-g32 nats a token"),
+        ("ternary", ["out", "3"], "'equal': True"),
+        ("binary", ["3"], "binaryconnect: perplexity"),
+        ("distill", ["2"], "attention scores: perplexity"),
     ],
 )
 def test_example(name, arguments, expected, tmp_path):
@@ -52,4 +56,5 @@ def test_all_examples_are_run():
     run = {"quickstart", "mixed_by_rule", "rescue_two_bits", "cnn_w8a8", "inside_block", "auto_qat", "nas"}
     run |= {"hybrid", "partial", "cnn_qat", "probe", "new_task", "watched", "export_everywhere"}
     run |= {"lora_qat"}
+    run |= {"progressive", "ternary", "binary", "distill"}
     assert {p.stem for p in (ROOT / "examples").glob("*.py")} == run

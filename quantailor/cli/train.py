@@ -21,6 +21,20 @@ def train(
         str | None,
         typer.Option(help="what to train for; `float` is a plain fine-tune; leave out for a quantized model"),
     ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="instead of --scheme, one after the other, each from the weights of the one before: 8,4,2 are "
+            "weight bits (w8a16-g32, ...), or schemes; a gradient may follow, as in 4,1.58:bitnet"
+        ),
+    ] = None,
+    stage_steps: Annotated[
+        str | None, typer.Option(help="of each stage, as 100,100,200; an empty place is --steps, else the table's")
+    ] = None,
+    stage_rates: Annotated[str | None, typer.Option(help="learning rates of the stages, likewise")] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="random weights of the model's config, drawn by --seed")
+    ] = False,
     eval_data: Annotated[
         Path | None, typer.Option(help="chooses the best iterate; by default a tenth of --data")
     ] = None,
@@ -38,6 +52,16 @@ def train(
     task_weight: Annotated[
         float, typer.Option(help="weight of the task's own loss beside the KL to the teacher", min=0)
     ] = 0.0,
+    divergence: Annotated[
+        str, typer.Option(help="from the teacher's logits: kl, cakld (KL both ways, by its confidence), jsd")
+    ] = "kl",
+    temperature: Annotated[float, typer.Option(help="of both models' logits")] = 1.0,
+    hidden_weight: Annotated[
+        float, typer.Option(help="of the squared difference of hidden states from the teacher's", min=0)
+    ] = 0.0,
+    attention_weight: Annotated[
+        float, typer.Option(help="of the squared difference of attention scores before softmax", min=0)
+    ] = 0.0,
     trains: Annotated[
         str,
         typer.Option(
@@ -49,7 +73,16 @@ def train(
         list[str] | None,
         typer.Option(help="pattern of layers that train, such as '*.down_proj'; all others stay as PTQ left them"),
     ] = None,
-    gradient: Annotated[str, typer.Option(help="lsq, lsq+ (learned zero points), ste, pact")] = "lsq",
+    gradient: Annotated[
+        str,
+        typer.Option(
+            help="lsq, lsq+ (learned zero points), ste, pact; bitnet (ternary), xnor or binaryconnect (binary)"
+        ),
+    ] = "lsq",
+    blend: Annotated[
+        float | None,
+        typer.Option(help="share of the run in which quantization comes in; 0.5 with bitnet, else 0", min=0, max=1),
+    ] = None,
     cage: Annotated[float, typer.Option(help="strength of the pull towards the grid", min=0)] = 0.0,
     average: Annotated[
         float, typer.Option(help="share of the run over which weights are averaged; 0 is no average", min=0, max=1)
@@ -123,6 +156,10 @@ def train(
     Watched, and ended when it is good enough:
     quantailor train ./model --scheme w2a16-g32 --data train.txt --out ./model-w2 --record --stop patience=3
 
+    A ladder of bits, and ternary weights that come in over half of the run:
+    quantailor train ./model --stages 8,4,2 --stage-steps 50,100,200 --data train.txt --out ./model-w2
+    quantailor train ./model --scheme w1.58a8 --gradient bitnet --data train.txt --out ./model-b158
+
     A bare encoder gets a head for the labels in the data:
     quantailor train ./encoder --scheme float --data train.jsonl --out ./classifier
 
@@ -132,7 +169,9 @@ def train(
     """
     from quantailor import api
     from quantailor.cost.size import weight_file_bytes
+    from quantailor.errors import UsageError
     from quantailor.ptq import distributed
+    from quantailor.qat.stages import parse_stages
     from quantailor.store.publish import check_out
     from quantailor.verbs.training import train_folder
 
@@ -143,6 +182,9 @@ def train(
     options = (lora, lora_alpha, lora_dropout, lora_targets, lora_base_bits, lora_init, lora_beside, lora_scales)
     adapter = a.lora_of(*options, adapter_out, base_out, is_float)
     o.check_format(format)
+    if stages is None and (stage_steps or stage_rates):
+        raise UsageError("--stage-steps and --stage-rates belong to --stages, which is not given; name the stages")
+    chain = [] if stages is None else parse_stages(stages, stage_steps, stage_rates)
     settings = api.Settings(
         steps=steps,
         learning_rate=learning_rate,
@@ -154,6 +196,11 @@ def train(
         trains=trains,
         train_only=tuple(train_only or ()),
         gradient=gradient,
+        blend=blend,
+        divergence=divergence,
+        temperature=temperature,
+        hidden_weight=hidden_weight,
+        attention_weight=attention_weight,
         cage=cage,
         average=average,
         layer_decay=layer_decay,
@@ -186,6 +233,8 @@ def train(
             base_out=base_out,
             lora=adapter,
             scheme=scheme,
+            stages=chain,
+            from_scratch=from_scratch,
             eval_data=eval_data,
             teacher=None if teacher == "none" else teacher,
             settings=settings,
@@ -220,6 +269,7 @@ def train(
         "alarms": [] if report.recording is None else [dataclasses.asdict(a) for a in report.recording.alarms],
         "size_bytes": weight_file_bytes(out),
         "notes": trained.notes,
+        **({"stages": ladder} if (ladder := trained.details.get("stages")) else {}),
     }
     if adapter is not None:
         document["trainable"] = report.trainable
@@ -229,4 +279,8 @@ def train(
         f"(lower is better; best at step {report.best_step} of {report.steps}); "
         f"saved to {out}"
     )
-    o.show(document, "\n".join([text, *(f"note: {n}" for n in trained.notes)]), json)
+    told = [
+        f"stage {n}, {s['scheme']}: {float(s['start'][0]):.4f} -> {float(s['best'][0]):.4f}, {s['steps']} steps"
+        for n, s in enumerate(ladder or [], 1)
+    ]
+    o.show(document, "\n".join([*told, text, *(f"note: {n}" for n in trained.notes)]), json)

@@ -33,7 +33,9 @@ from transformers.utils import logging as transformers_logging
 
 from quantailor.errors import UntrustedInput, UsageError
 from quantailor.models.experts import split_experts
+from quantailor.store.config import read_config
 from quantailor.store.header import TensorFact
+from quantailor.store.paths import check_folder
 from quantailor.store.processor import ImageProcessor
 from quantailor.store.tensors import DTYPES, read_tensor
 from quantailor.store.untrusted import ModelFiles, check_finite, scan_model_folder
@@ -292,6 +294,31 @@ def check_shapes(folder: Path, skeleton: nn.Module, shapes: Mapping[str, Sequenc
                 f"{folder}: tensor {name} is {list(shapes[name])}, and config.json makes it {list(tensor.shape)}; "
                 "use a whole checkpoint of one model"
             )
+
+
+def load_random(folder: Path, seed: int) -> Loaded:
+    """The architecture that a folder's config.json names, with weights drawn by `seed`; its own, if any, are not read.
+
+    Raises: UntrustedInput for a configuration that cannot be trusted or made; UsageError for a bare encoder.
+    """
+    quiet_transformers()
+    check_folder(folder)
+    task = task_of(read_config(folder / "config.json"))
+    if task is None:
+        raise UsageError(
+            f"{folder} is a bare encoder without a head; training from scratch needs a whole model's config"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = CLASSES[task].from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UntrustedInput(f"{folder}: config.json makes no model ({type(error).__name__}: {error})") from error
+    if model.can_generate():
+        with suppress(OSError):  # without the file: what config.json says
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return Loaded(model.eval(), load_reader(folder, task), task, (f"random weights, drawn by seed {seed}",))
 
 
 def device_of(model: nn.Module) -> torch.device:

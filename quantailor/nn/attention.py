@@ -29,6 +29,7 @@ _KNOWN = {"softcap", "position_bias"}  # options of eager functions that change 
 
 class _Watch(threading.local):
     calls: list[tuple[nn.Module, frozenset[str]]] | None = None
+    scores: list[tuple[Tensor, Tensor]] | None = None
 
 
 _watch = _Watch()
@@ -42,6 +43,17 @@ def watched() -> Iterator[list[tuple[nn.Module, frozenset[str]]]]:
         yield _watch.calls
     finally:
         _watch.calls = before
+
+
+@contextmanager
+def kept_scores() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Of every call in the block, in order: S [B, H, Q, K] as softmax gets it but for the mask, with its gradient; and
+    where the mask lets a query look, bool, broadcastable to it."""
+    before, _watch.scores = _watch.scores, []
+    try:
+        yield _watch.scores
+    finally:
+        _watch.scores = before
 
 
 def attention(
@@ -78,6 +90,9 @@ def attention(
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
     if (point := getattr(module, "score_point", None)) is not None:
         scores = point(scores, None if mask is None else mask > torch.finfo(mask.dtype).min / 2)
+    if _watch.scores is not None:
+        seen = torch.ones_like(scores[:, :1], dtype=torch.bool)
+        _watch.scores.append((scores, seen if mask is None else seen & (mask > torch.finfo(mask.dtype).min / 2)))
     if mask is not None:
         scores = scores + mask
     probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32 if scores.dtype.itemsize < 8 else None)

@@ -34,6 +34,7 @@ class _FakeQuant(nn.Module):
     output_quantizer: ActivationQuantizer | None
     scheme: Scheme
     backward_in_bf16 = False  # of layers that multiply integers (nn/int_forward.set_backward)
+    share = 1.0  # in training: how far weight and input are moved from float to the grid (qat/low_bits.Blend)
 
     def _attach(self, source: nn.Module, scheme: Scheme, weight: Any, bias: Any) -> None:
         self.training = source.training
@@ -53,10 +54,13 @@ class _FakeQuant(nn.Module):
         """The weight on its grid, in its own shape."""
         if self.weight_quantizer is None:
             return self.weight
-        return self.weight_quantizer(self.weight_ON).view_as(self.weight)
+        return self._blend(self.weight, self.weight_quantizer(self.weight_ON).view_as(self.weight))
 
     def _in(self, x: Tensor) -> Tensor:
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        return x if self.input_quantizer is None else self._blend(x, self.input_quantizer(x))
+
+    def _blend(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        return torch.lerp(x, x_hat, self.share) if self.training and self.share < 1 else x_hat
 
     def _out(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else self.output_quantizer(y)
@@ -99,6 +103,8 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         """Whether both sides are on an integer grid right now (not while calibrating, nor switched off)."""
         w, a = self.weight_quantizer, self.input_quantizer
         if w is None or a is None or not w.enabled or not a.enabled or a.observer is not None:
+            return False
+        if self.training and (self.share < 1 or w.own_gradient):
             return False
         return has_integer_product(w.spec.grid)
 
@@ -153,7 +159,8 @@ class FakeQuantEmbedding(_FakeQuant, nn.Embedding):
 
     def forward(self, index: Tensor) -> Tensor:
         assert self.weight_quantizer is not None
-        return self.weight_quantizer.rows(self.weight, index)
+        rows = self.weight_quantizer.rows(self.weight, index)
+        return self._blend(self.weight[index], rows) if self.share < 1 else rows
 
 
 FakeQuant = FakeQuantLinear | FakeQuantConv2d | FakeQuantEmbedding

@@ -27,6 +27,8 @@ class WeightQuantizer(nn.Module):
     ([1, 1, 1] per tensor). They start at 1 and 0: `set_scale` comes before the first use.
     """
 
+    own_gradient = False  # whether integer products, whose backward is LSQ's, would give another gradient
+
     def __init__(
         self, spec: QuantSpec, out_features: int, in_features: int, device: torch.device | None = None
     ) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantailor.numerics import affine, grids
 from quantailor.numerics.grouping import to_groups
+from quantailor.numerics.low_bits import magnitude_scale
 from quantailor.spec import NF4, Balanced, Binary, Int, PerTensor, QuantSpec, Ternary
 
 _LOWEST_RATIO = {2: 0.3, 3: 0.4, 4: 0.5}  # of the min-max range: the narrowest that is tried
@@ -53,10 +54,8 @@ def _search(w: Tensor, h: Tensor, count: Tensor, spec: QuantSpec) -> tuple[Tenso
     none = torch.zeros_like(w[..., :1], dtype=torch.int32)
     if isinstance(grid, NF4):
         return _safe(w.abs().amax(-1, keepdim=True)), none
-    if isinstance(grid, Ternary):  # BitNet b1.58, arXiv:2402.17764, Eq. 3: gamma = mean |W|
-        return _safe(w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count), none
-    if isinstance(grid, Binary):  # XNOR-Net, arXiv:1603.05279, Eq. 6: alpha = mean |W|; levels are half steps
-        return _safe(2 * w.abs().sum(-1, keepdim=True, dtype=torch.float64) / count, zero=_TINY), none
+    if isinstance(grid, Ternary | Binary):
+        return magnitude_scale(w, count, grid), none
     scale, zero_point = _candidate(w, grid, 1.0)
     if spec.range == "minmax":
         return scale, zero_point

@@ -25,17 +25,10 @@ from quantailor.numerics import affine, grids
 from quantailor.numerics.grouping import from_groups
 from quantailor.numerics.lsq import lsq_plus
 from quantailor.numerics.pact import pact
+from quantailor.qat.low_bits import FOLLOWS, FollowsWeight, has_grid
 from quantailor.qat.settings import Settings
-from quantailor.spec import Int
-
-
-def _taking_over(kind: Any, original: nn.Module) -> Any:
-    """A module of type `kind` with the very parameters and buffers of `original`."""
-    new = kind.__new__(kind)
-    new.__dict__.update(original.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[name] = dict(original.__dict__[name])
-    return new
+from quantailor.qat.twins import taking_over
+from quantailor.spec import Binary, Int
 
 
 class FrozenIntegers(WeightQuantizer):
@@ -48,7 +41,7 @@ class FrozenIntegers(WeightQuantizer):
 
     @staticmethod
     def of(original: WeightQuantizer, weight_ON: Tensor) -> FrozenIntegers:
-        new: FrozenIntegers = _taking_over(FrozenIntegers, original)
+        new: FrozenIntegers = taking_over(FrozenIntegers, original)
         new.register_buffer("q", original.integers(weight_ON), persistent=False)
         return new
 
@@ -110,7 +103,7 @@ class LearnedZeroPoint(WeightQuantizer):
 
     @staticmethod
     def of(original: WeightQuantizer) -> LearnedZeroPoint:
-        new: LearnedZeroPoint = _taking_over(LearnedZeroPoint, original)
+        new: LearnedZeroPoint = taking_over(LearnedZeroPoint, original)
         new.register_buffer("start", original.zero_point.float(), persistent=False)
         new.zero_shift = nn.Parameter(torch.zeros_like(original.log_scale))
         return new
@@ -169,14 +162,19 @@ def _is_static(quantizer: Any) -> bool:
     )
 
 
-def _weight_stand_in(settings: Settings) -> Callable[[WeightQuantizer, Tensor], WeightQuantizer | None]:
-    """What stands in for a weight's quantizer; None where it stays itself."""
+def _weight_stand_in(settings: Settings) -> Callable[[WeightQuantizer, Any], WeightQuantizer | None]:
+    """What stands in for the quantizer of a layer's weight; None where it stays itself."""
 
-    def make(quantizer: WeightQuantizer, weight_ON: Tensor) -> WeightQuantizer | None:
+    def make(quantizer: WeightQuantizer, layer: Any) -> WeightQuantizer | None:
         if settings.trains == "scales":
-            return FrozenIntegers.of(quantizer, weight_ON) if quantizer.log_scale.requires_grad else None
-        if settings.gradient in ("ste", "pact"):
-            new: StraightThrough = _taking_over(StraightThrough, quantizer)
+            return FrozenIntegers.of(quantizer, layer.weight_ON) if quantizer.log_scale.requires_grad else None
+        if settings.gradient in FOLLOWS:
+            kind, grid, _ = FOLLOWS[settings.gradient]
+            return kind.of(quantizer, layer.weight) if has_grid(layer, grid) else None
+        if settings.gradient == "binaryconnect" and not has_grid(layer, Binary):
+            return None
+        if settings.gradient in ("ste", "pact", "binaryconnect"):
+            new: StraightThrough = taking_over(StraightThrough, quantizer)
             return new
         if settings.gradient == "lsq+" and quantizer.is_asymmetric:
             return LearnedZeroPoint.of(quantizer)
@@ -202,16 +200,16 @@ class StandIns:
                 if id(old) not in made:
                     new: nn.Module | None = None
                     if isinstance(old, WeightQuantizer):
-                        new = weights(old, layer.weight_ON)
+                        new = weights(old, layer)
                     elif inputs is not None and _is_static(old):
-                        new = _taking_over(inputs, old)
+                        new = taking_over(inputs, old)
                     made[id(old)] = new
                 if (stand_in := made[id(old)]) is not None:
                     self.replaced.append((layer, slot, old))
                     setattr(layer, slot, stand_in)
         self.kinds = {type(new) for new in made.values() if new is not None}
         for new in made.values():
-            if isinstance(new, StraightThrough | StraightThroughInput):
+            if isinstance(new, StraightThrough | StraightThroughInput | FollowsWeight):
                 self._stop(new)
 
     def check(self, gradient: str) -> None:
@@ -231,6 +229,13 @@ class StandIns:
                 "gradient='lsq+' learns zero points, and this scheme has none; use a scheme with -asym, or "
                 "gradient='lsq'"
             )
+        grids_of = {name: (kind, scheme) for name, (kind, _, scheme) in FOLLOWS.items()}
+        kind, scheme = {**grids_of, "binaryconnect": (StraightThrough, "w1a16")}.get(gradient, (None, ""))
+        if kind is not None and kind not in self.kinds:
+            raise UsageError(
+                f"gradient={gradient!r} is for weights like those of {scheme}, and this scheme has none; use such a "
+                "scheme, or gradient='lsq'"
+            )
 
     def _stop(self, quantizer: Any) -> None:
         if quantizer.log_scale.requires_grad:
@@ -244,14 +249,17 @@ class StandIns:
             stand_in = layer.weight_quantizer
             if isinstance(stand_in, LearnedZeroPoint):
                 stand_in.learned()
+            if isinstance(stand_in, FollowsWeight):
+                stand_in.settle(self._original(layer))
             if isinstance(stand_in, FrozenIntegers):
                 q = stand_in.q
-                layer.weight_quantizer = next(
-                    old for owner, slot, old in self.replaced if owner is layer and slot == "weight_quantizer"
-                )
+                layer.weight_quantizer = self._original(layer)
                 set_rounded(layer, q)
                 if not torch.equal(layer.weight_quantizer.integers(layer.weight_ON), q):
                     raise QuantailorError(f"{name}: its float weight cannot express its integers at the learned scales")
+
+    def _original(self, layer: nn.Module) -> Any:
+        return next(old for owner, slot, old in self.replaced if owner is layer and slot == "weight_quantizer")
 
     def leave(self) -> None:
         """Put the originals back."""

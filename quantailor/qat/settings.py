@@ -16,11 +16,12 @@ from typing import NamedTuple
 from quantailor.errors import UsageError
 from quantailor.qat.stopping import parse, parse_goal
 
-GRADIENTS = ("lsq", "lsq+", "ste", "pact")
+GRADIENTS = ("lsq", "lsq+", "ste", "pact", "bitnet", "xnor", "binaryconnect")
 PRECISIONS = ("float32", "bfloat16")
 BACKWARDS = ("auto", "bfloat16", "float32")
 OPTIMIZERS = ("adamw", "adamw-8bit")
 TRAINABLE = ("all", "scales", "ranges")
+DIVERGENCES = ("kl", "cakld", "jsd")
 PARALLEL = ("ddp", "fsdp2")
 ON_ALARM = ("warn", "act", "stop")
 
@@ -59,7 +60,9 @@ class Settings:
     block i from the top learns at d^i of the rate, embeddings one step lower still. `freeze_lower`: the share of the
     blocks, counted from the input, that does not train, embeddings included. `freeze_ranges`: the share of the run
     after which the scales of static inputs stay (0: from the start; None: never). `average`: the share of the run over
-    which an exponential moving average of the weights, offered beside each iterate, forgets (0: no average).
+    which an exponential moving average of the weights, offered beside each iterate, forgets (0: no average). `blend`:
+    the share of the run in which quantization comes in (0: whole from the first step; None: half of it with
+    gradient="bitnet" on trained weights, else 0).
     `record`: keep a recording of the run (flight.py), a measure each `record_every` steps; `on_alarm`: what an alarm
     does; `stop`, `until`: rules and a goal that end the run early (stopping.py). Alarms that do something, and the
     rule error-stable, need what is recorded, so they turn it on.
@@ -74,7 +77,10 @@ class Settings:
     final_rate: float = 0.05  # what the cosine ends at, as a share of the highest rate
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
-    kl_weight: float = 1.0  # KL to the float teacher
+    kl_weight: float = 1.0  # divergence of the logits from the float teacher's
+    divergence: str = "kl"  # which one
+    hidden_weight: float = 0.0  # hidden states, embeddings included, against the teacher's
+    attention_weight: float = 0.0  # attention scores before softmax, likewise
     task_weight: float = 0.0  # the task's own loss
     temperature: float = 1.0
     evaluations: int = 8  # how often the best iterate is looked for
@@ -83,6 +89,7 @@ class Settings:
     trains: str = "all"
     train_only: tuple[str, ...] = ()
     gradient: str = "lsq"
+    blend: float | None = None
     clip_decay: float = 1e-4  # PACT's L2 on its clipping level
     layer_decay: float = 1.0
     freeze_lower: float = 0.0
@@ -130,7 +137,7 @@ class Settings:
             raise UsageError(
                 f"kl_weight={self.kl_weight}, task_weight={self.task_weight}: neither may be negative, one must count"
             )
-        for name in ("warmup", "freeze_ranges", "freeze_oscillating", "final_rate", "freeze_lower", "average"):
+        for name in ("warmup", "freeze_ranges", "freeze_oscillating", "final_rate", "freeze_lower", "average", "blend"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"{name}={value} is a share; use 0 to 1")
@@ -138,12 +145,15 @@ class Settings:
             raise UsageError("freeze_lower=1 leaves no block to train; use less than 1")
         if not 0 < self.layer_decay <= 1:
             raise UsageError(f"layer_decay={self.layer_decay} must be above 0 and at most 1, which is no decay")
-        for name in ("cage", "clip_decay"):
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise UsageError(f"temperature={self.temperature} must be above 0; 1 leaves the logits as they are")
+        for name in ("cage", "clip_decay", "hidden_weight", "attention_weight"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise UsageError(f"{name}={getattr(self, name)} must be 0 or more")
         for name, known in (
             ("trains", TRAINABLE),
             ("gradient", GRADIENTS),
+            ("divergence", DIVERGENCES),
             ("precision", PRECISIONS),
             ("backward", BACKWARDS),
             ("optimizer", OPTIMIZERS),
@@ -163,18 +173,23 @@ class Settings:
                 f"record_every={self.record_every} is of no use without record=True; leave it out, or record"
             )
         if self.trains != "all":
-            for name, off in (("gradient", "lsq"), ("cage", 0.0), ("freeze_oscillating", None)):
+            for name, off in (("gradient", "lsq"), ("cage", 0.0), ("freeze_oscillating", None), ("blend", 0.0)):
                 given = getattr(self, name)
-                if given != off and not (self.trains == "ranges" and given == "pact"):
+                if given not in (off, None) and not (self.trains == "ranges" and given == "pact"):
                     raise UsageError(
                         f"{name}={given!r} is about weights that move, and trains={self.trains!r} moves none; "
                         "leave one of the two out"
                     )
 
+    @property
+    def distills(self) -> bool:
+        """Whether a teacher is asked anything."""
+        return bool(self.kl_weight or self.hidden_weight or self.attention_weight)
+
 
 def resolved(settings: Settings, weight_bits: int, num_rows: int | None = None) -> Settings:
-    """The same with steps counted out of epochs of `num_rows`, and the table's steps and warm-up where none are asked
-    for."""
+    """The same with steps counted out of epochs of `num_rows`, the table's steps and warm-up, and the blend of its
+    gradient, where none are asked for."""
     row = DEFAULTS[weight_bits]
     steps = row.steps if settings.steps is None else settings.steps
     if settings.epochs is not None:
@@ -182,7 +197,8 @@ def resolved(settings: Settings, weight_bits: int, num_rows: int | None = None) 
             raise UsageError(f"epochs={settings.epochs} counts rows, and none are given; use steps")
         steps = max(1, math.ceil(settings.epochs * num_rows / (settings.batch_size * settings.accumulate)))
     warmup = row.warmup if settings.warmup is None else settings.warmup
-    return dataclasses.replace(settings, steps=steps, epochs=None, warmup=warmup)
+    blend = (0.5 if settings.gradient == "bitnet" else 0.0) if settings.blend is None else settings.blend
+    return dataclasses.replace(settings, steps=steps, epochs=None, warmup=warmup, blend=blend)
 
 
 def learning_rates(settings: Settings, weight_bits: int, num_parameters: int) -> tuple[float, float]:

@@ -28,9 +28,11 @@ from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
 from quantailor.qat import checkpoint, distributed
 from quantailor.qat.best import Best, Score
+from quantailor.qat.distill import Distiller, distiller_of
 from quantailor.qat.flight import Flight
 from quantailor.qat.freezing import frozen
 from quantailor.qat.groups import kinds_of
+from quantailor.qat.low_bits import FOLLOWS, acting
 from quantailor.qat.quantizers import StandIns, stand_ins
 from quantailor.qat.recording import NAME as RECORDING
 from quantailor.qat.recording import Listener, Recording
@@ -107,6 +109,8 @@ def train(
     notes = _uncalibrated(model)
     saves = work is not None if saves is None else saves
     _check(settings)
+    distiller, told = distiller_of(teacher, settings, examples, _device())
+    notes += told
     with ExitStack() as stack:
         stack.enter_context(repeatable(settings))
         standing = stack.enter_context(stand_ins(model, settings))
@@ -128,7 +132,7 @@ def train(
             settings,
             rates,
             best,
-            teacher,
+            distiller,
             progress,
             work,
             saves,
@@ -191,7 +195,7 @@ def _run(
     settings: Settings,
     rates: tuple[float, float],
     best: Best,
-    teacher: nn.Module | None,
+    distiller: Distiller | None,
     progress: Progress | None,
     work: Work | None,
     saves: bool,
@@ -206,7 +210,11 @@ def _run(
     set_backward(model, _backward(settings, _device()))
     stabilizer = Stabilizer(model, settings) if settings.cage or settings.freeze_oscillating is not None else None
     quiet = Progress() if distributed.rank() else progress or Progress()
-    with tempfile.TemporaryDirectory() as folder, quiet.task("training", settings.steps) as advance:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        quiet.task("training", settings.steps) as advance,
+        acting(model, settings) as others,
+    ):
         flight = Flight(
             model,
             settings,
@@ -223,13 +231,13 @@ def _run(
             model,
             arguments,
             task=examples.task,
-            teacher=teacher,
+            distiller=distiller,
             settings=settings,
             rates=rates,
             restored=restored,
             train_dataset=examples.dataset,
             data_collator=examples.collator,
-            callbacks=[watch, *([stabilizer] if stabilizer is not None else [])],
+            callbacks=[watch, *([stabilizer] if stabilizer is not None else []), *others],
         )
         # Trainer's own console printer: figures of ours stand in its place.
         for callback in list(trainer.callback_handler.callbacks):
@@ -262,6 +270,8 @@ def _check(settings: Settings) -> None:
         raise UsageError("cage and freeze_oscillating look at whole weights; use parallel='ddp'")
     if settings.parallel == "fsdp2" and settings.recording:
         raise UsageError("a recording looks at whole weights; use parallel='ddp', or leave it out")
+    if settings.parallel == "fsdp2" and settings.gradient in (*FOLLOWS, "binaryconnect"):
+        raise UsageError(f"gradient={settings.gradient!r} looks at whole weights; use parallel='ddp'")
     if settings.parallel == "fsdp2" and settings.optimizer != "adamw":
         raise UsageError("optimizer='adamw-8bit' does not know sharded weights; use parallel='ddp', or 'adamw'")
     adamw(settings)

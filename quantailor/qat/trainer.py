@@ -20,8 +20,9 @@ from transformers import Trainer, TrainingArguments
 from quantailor.errors import QuantailorError, UsageError
 from quantailor.qat import distributed
 from quantailor.qat.checkpoint import Restored, restore_optimizer, restore_random
+from quantailor.qat.distill import Distiller
 from quantailor.qat.groups import parameter_groups
-from quantailor.qat.losses import kl_to_teacher, scored, task_loss
+from quantailor.qat.losses import scored, task_loss
 from quantailor.qat.quantizers import clipping_penalty
 from quantailor.qat.settings import Settings
 
@@ -29,7 +30,7 @@ _HALVINGS = 4  # how often a micro-batch is split before memory is called too sm
 
 
 class QATTrainer(Trainer):
-    """`teacher` None: only the task's loss. The log-scales are in a no-decay group with a rate of their own.
+    """`distiller` None: only the task's loss. The log-scales are in a no-decay group with a rate of their own.
 
     `parts`: into how many pieces each micro-batch is split, 1 until memory runs out. `restored`: where to go on from.
     """
@@ -40,13 +41,13 @@ class QATTrainer(Trainer):
         arguments: TrainingArguments,
         *,
         task: str,
-        teacher: nn.Module | None,
+        distiller: Distiller | None,
         settings: Settings,
         rates: tuple[float, float],
         restored: Restored | None = None,
         **others: Any,
     ) -> None:
-        self.task, self.teacher, self.settings, self.rates, self.restored = task, teacher, settings, rates, restored
+        self.task, self.distiller, self.settings, self.rates, self.restored = task, distiller, settings, rates, restored
         self.parts = restored.record["parts"] if restored else 1
         self.losses: list[Tensor] = []  # of the micro-batches since the last look, each its share of a step
         self.gradient_norm: Any = None  # of the last step, before clipping
@@ -58,8 +59,8 @@ class QATTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         # The loss is a mean over a micro-batch: Trainer is to divide it by how many of them a step has.
         self.model_accepts_loss_kwargs = False
-        if self.teacher is not None:
-            self.teacher.to(self.args.device).eval()  # not frozen: it is the caller's, and runs under no_grad
+        if self.distiller is not None:
+            self.distiller.teacher.to(self.args.device).eval()  # not frozen: it is the caller's, and runs under no_grad
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """AdamW over the groups of groups.py. Raises: UsageError where 8-bit states are asked for and not to be had."""
@@ -75,15 +76,14 @@ class QATTrainer(Trainer):
     ) -> Any:
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**rest)
+        with self.distiller.watching(model) if self.distiller else contextlib.nullcontext() as kept:
+            outputs = model(**rest, **(self.distiller.extra if self.distiller else {}))
         student, targets = scored(outputs.logits, labels, self.task)
         loss = torch.zeros((), device=student.device)
         if self.settings.task_weight:
             loss = loss + self.settings.task_weight * task_loss(student, targets)
-        if self.teacher is not None and self.settings.kl_weight:
-            with torch.no_grad():
-                teacher, _targets = scored(self.teacher(**rest).logits, labels, self.task)
-            loss = loss + self.settings.kl_weight * kl_to_teacher(student, teacher, self.settings.temperature)
+        if self.distiller is not None and self.settings.distills:
+            loss = loss + self.distiller.loss(rest, labels, student, outputs, kept)
         if self.settings.gradient == "pact" and (penalty := clipping_penalty(model)) is not None:
             loss = loss + self.settings.clip_decay * penalty
         loss = loss * self._share

@@ -30,9 +30,11 @@ from quantailor.progress import Progress
 from quantailor.qat import distributed, panel
 from quantailor.qat.best import Score
 from quantailor.qat.checkpoint import KEPT, fingerprint
+from quantailor.qat.low_bits import FOLLOWS
 from quantailor.qat.recording import NAME as RECORDING
 from quantailor.qat.recording import Listener
 from quantailor.qat.settings import Settings
+from quantailor.qat.stages import Stage
 from quantailor.qat.stopping import parse_goal
 from quantailor.qat.tensorboard import Scalars
 from quantailor.qat.train import repeatable
@@ -63,7 +65,9 @@ from quantailor.verbs.model import (
     probe_of,
     refuse_questions,
 )
-from quantailor.verbs.quantizing import PointsLike, quantize
+from quantailor.verbs.progressive import run_stages
+from quantailor.verbs.quantizing import PointsLike, quantize, recipe_for
+from quantailor.verbs.scratch import random_start
 
 
 def train(
@@ -80,6 +84,8 @@ def train(
     rules: Sequence[Rule] = (),
     points: PointsLike = None,
     ragged: bool = True,
+    stages: Sequence[Stage | Scheme | str | float] = (),
+    from_scratch: bool = False,
     progress: Progress | None = None,
     work: str | Path | None = None,
     lora: LoRA | int | None = None,
@@ -90,8 +96,11 @@ def train(
 
     `scheme` "float" trains without quantization: the task fine-tune of a bare encoder, and the control. `teacher`
     "self" is the float model itself, None leaves only the task's loss. Without `eval_data` a tenth of `data` is held
-    out to choose the best iterate. `work` is a folder for checkpoints: after a kill the same call goes on behind the
-    last one (PTQ is done again, to the same integers), and the weights are those of a run that was never stopped.
+    out to choose the best iterate. `stages` instead of a scheme: one after the other (qat/stages.py), each from the
+    float weights that the one before trained, with the same teacher. `from_scratch`: from random weights drawn by the
+    seed, which teach nothing; `model` may then be a folder with a config alone. `work` is a folder for checkpoints:
+    after a kill the same call goes on behind the last one (PTQ is done again, to the same integers), and the weights
+    are those of a run that was never stopped.
     It is removed once training is done. `until` is a goal that ends training, such as "recovery>=0.5": the one in
     `settings`, for short. `tensorboard`: a folder for scalars of what is recorded, which is turned on.
     Where torch.distributed is initialised, every process calls this.
@@ -105,7 +114,33 @@ def train(
         settings = dataclasses.replace(settings, until=until)
     if tensorboard is not None:
         settings = dataclasses.replace(settings, record=True)
+    place = None if work is None else Path(work)
+    if stages and scheme is not None:
+        raise UsageError(f"stages name their schemes; leave the scheme {scheme} out, or the stages")
+    if stages and points:
+        raise UsageError(
+            "stages hand float weights on, and points have scales of their own; train points by themselves"
+        )
+    moves = {
+        "stages": bool(stages),
+        "from_scratch": from_scratch,
+        "blend": bool(settings.blend),
+        f"gradient={settings.gradient!r}": settings.gradient in (*FOLLOWS, "binaryconnect"),
+    }
+    if lora is not None and any(moves.values()):
+        what = next(name for name, asked in moves.items() if asked)
+        raise UsageError(
+            f"an adapter trains on weights that stay, and {what} is about weights that move; leave one out"
+        )
     with repeatable(settings):
+        if from_scratch:
+            model = random_start(model, settings.seed)
+        if stages:
+            chain = [stage if isinstance(stage, Stage) else Stage(stage) for stage in stages]
+            return _in_stages(
+                model, data, chain, eval_data, teacher, settings, method, samples, context, rules, ragged, progress,
+                place, from_scratch,
+            )  # fmt: skip
         return _train(
             model,
             data,
@@ -120,9 +155,10 @@ def train(
             points,
             ragged,
             progress,
-            None if work is None else Path(work),
+            place,
             lora,
             None if tensorboard is None else Path(tensorboard),
+            from_scratch,
         )
 
 
@@ -179,6 +215,7 @@ def _train(
     folder: Path | None,
     lora: LoRA | int | None,
     tensorboard: Path | None,
+    from_scratch: bool = False,
 ) -> Model:
     settings = for_adapter(settings, lora)
     parsed = scheme if isinstance(scheme, Scheme) or scheme is None else Scheme.parse(scheme)
@@ -194,20 +231,14 @@ def _train(
         raise UsageError(
             f"the model is quantized already ({source.state.scheme}); leave the scheme out to train it further"
         )
-    notes = list(source.notes) + [f"training data: {note}" for note in train_data.notes]
-    if eval_data is None:
-        train_data, held_out = split(train_data, 0.1, settings.seed)
-        notes.append(
-            f"no evaluation data: {len(held_out)} rows of the training data are held out to choose the best iterate"
-        )
-    else:
-        held_out = examples_for(source, eval_data, context=context)
-        if shared := overlap(train_data, held_out):
-            notes.append(f"{shared} rows are in both the training and the evaluation data")
+    train_data, held_out, data_notes = _held_out(source, train_data, eval_data, context, settings.seed)
+    notes = [*source.notes, *data_notes]
     is_float = parsed is not None and parsed.is_float and not rules
-    if new_head and teacher == "self" and not is_float:
+    if (new_head or from_scratch) and teacher == "self" and not is_float:
         teacher = None
-        notes.append("the head is new, so the float model teaches nothing: trained on the task's own loss")
+        notes.append(_TEACHES_NOTHING.format("head is new" if new_head else "weights are random"))
+    if from_scratch and settings.blend is None:  # it is there so that trained weights do not jump
+        settings = dataclasses.replace(settings, blend=0.0)
     reference = None if is_float else _teacher(source, teacher)
     if reference is None:  # no distance to keep: the task's own loss is all there is
         settings = dataclasses.replace(settings, kl_weight=0.0, task_weight=settings.task_weight or 1.0)
@@ -219,11 +250,18 @@ def _train(
         started = continued(source, lora, settings.seed)
     elif source.state is None:
         assert parsed is not None
+        # Scales that follow the weights make nothing of a solver's integers, and random weights have nothing to solve.
+        plain = method is None and (from_scratch or settings.gradient in (*FOLLOWS, "binaryconnect"))
+        if plain and parsed.input is not None and not parsed.input.dynamic:
+            raise UsageError(
+                f"{parsed} has static activation scales, which are found by PTQ on data; name a --method for it, such "
+                "as rtn, or a scheme whose activations are dynamic"
+            )
         started = quantize(
             source,
             parsed,
-            method=method_before(lora, method),
-            data=train_data,
+            method="rtn" if plain else method_before(lora, method),
+            data=None if plain else train_data,
             samples=samples,
             rules=rules,
             points=points,
@@ -287,6 +325,80 @@ def _train(
     return dataclasses.replace(
         started, training=report, notes=notes + report.notes, probe=probe_of(held_out), details={}
     )
+
+
+_TEACHES_NOTHING = "the {}, so the float model teaches nothing: trained on the task's own loss"
+
+
+def _held_out(
+    source: Model, train_data: Examples, eval_data: Data | Examples | None, context: int, seed: int
+) -> tuple[Examples, Examples, list[str]]:
+    """(what trains, what chooses the best iterate, what is to be said of both)."""
+    notes = [f"training data: {note}" for note in train_data.notes]
+    if eval_data is None:
+        train_data, held_out = split(train_data, 0.1, seed)
+        notes.append(
+            f"no evaluation data: {len(held_out)} rows of the training data are held out to choose the best iterate"
+        )
+    else:
+        held_out = examples_for(source, eval_data, context=context)
+        if shared := overlap(train_data, held_out):
+            notes.append(f"{shared} rows are in both the training and the evaluation data")
+    return train_data, held_out, notes
+
+
+def _in_stages(
+    model: str | Path | Model,
+    data: Data | Examples,
+    stages: Sequence[Stage],
+    eval_data: Data | Examples | None,
+    teacher: str | Path | Model | None,
+    settings: Settings,
+    method: str | None,
+    samples: int,
+    context: int,
+    rules: Sequence[Rule],
+    ragged: bool,
+    progress: Progress | None,
+    folder: Path | None,
+    from_scratch: bool,
+) -> Model:
+    source, train_data, new_head = for_training(model, data, context, settings.seed)
+    if source.state is not None:
+        raise UsageError(f"the model is quantized already ({source.state.scheme}); stages start from its float parent")
+    for stage in stages:  # every stage's mistakes before the first one's hours
+        recipe_for(stage.parsed, rules, method=method, ragged=ragged).assign(source.model)
+        stage.settings(settings)
+    train_data, held_out, notes = _held_out(source, train_data, eval_data, context, settings.seed)
+    if (new_head or from_scratch) and teacher == "self":
+        teacher = None
+        notes.append(_TEACHES_NOTHING.format("head is new" if new_head else "weights are random"))
+    reference = _teacher(source, teacher)
+
+    def one(current: Model, stage: Stage, place: Path | None) -> Model:
+        return _train(
+            current,
+            train_data,
+            stage.parsed,
+            held_out,
+            reference,
+            stage.settings(settings),
+            method,
+            samples,
+            context,
+            rules,
+            None,
+            ragged,
+            progress,
+            place,
+            lora=None,
+            from_scratch=from_scratch and current is source,
+        )
+
+    config = _config(source, reference, train_data, held_out, settings)
+    config["ptq"] = repr((method, samples, rules, ragged, from_scratch))
+    trained = run_stages(source, stages, one, config=config, work=folder, progress=progress)
+    return dataclasses.replace(trained, notes=[*notes, *trained.notes])
 
 
 @contextmanager

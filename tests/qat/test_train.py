@@ -12,9 +12,10 @@ from quantailor.errors import QuantailorError
 from quantailor.evaluate.run import evaluate
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.progress import Progress
+from quantailor.qat import distill as distill_module
 from quantailor.qat import train as train_module
-from quantailor.qat import trainer as trainer_module
 from quantailor.qat.best import Best
+from quantailor.qat.distill import Distiller
 from quantailor.qat.losses import kl_to_teacher, scored, task_loss
 from quantailor.qat.settings import Settings, resolved
 from quantailor.qat.train import _arguments, train, weight_bits
@@ -170,7 +171,7 @@ def broken_at(monkeypatch):
             count[0] += 1
             return kl_to_teacher(*args) * (value if count[0] in steps else 1.0)
 
-        monkeypatch.setattr(trainer_module, "kl_to_teacher", loss)
+        monkeypatch.setattr(distill_module, "kl_to_teacher", loss)
 
     return breaking
 
@@ -246,7 +247,7 @@ def made(model, examples, teacher=None, folder="unused", **settings):
         model,
         _arguments(str(folder), options, 1e-3),
         task=examples.task,
-        teacher=teacher,
+        distiller=None if teacher is None else Distiller(teacher, options, examples.task),
         settings=options,
         rates=(1e-3, 5e-4),
         train_dataset=examples.dataset,
