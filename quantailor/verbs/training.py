@@ -117,6 +117,8 @@ def train(
     place = None if work is None else Path(work)
     if stages and scheme is not None:
         raise UsageError(f"stages name their schemes; leave the scheme {scheme} out, or the stages")
+    if stages and tensorboard is not None:
+        raise UsageError("tensorboard shows one run, and stages are several; leave one of the two out")
     if stages and points:
         raise UsageError(
             "stages hand float weights on, and points have scales of their own; train points by themselves"
@@ -392,6 +394,7 @@ def _in_stages(
             progress,
             place,
             lora=None,
+            tensorboard=None,
             from_scratch=from_scratch and current is source,
         )
 
