@@ -109,8 +109,8 @@ def train(
     notes = _uncalibrated(model)
     saves = work is not None if saves is None else saves
     _check(settings)
-    distiller, told = distiller_of(teacher, settings, examples, _device())
-    notes += told
+    distiller, gamma_told = distiller_of(teacher, settings, examples, _device())
+    notes += gamma_told
     with ExitStack() as stack:
         stack.enter_context(repeatable(settings))
         standing = stack.enter_context(stand_ins(model, settings))
