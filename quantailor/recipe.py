@@ -238,13 +238,20 @@ class Recipe:
 
 
 def block_prefixes(model: Any) -> tuple[str, ...]:
-    """Name prefixes (`model.layers.`) of the repeated blocks: the lists of two or more alike modules with Linears."""
+    """Name prefixes (`model.layers.`) of the repeated blocks: the lists of two or more alike modules with Linears.
+
+    Alike by the name of their class: a point that is quantized inside one of them makes a subclass of that name.
+    """
     found: list[str] = []
     for name, module in model.named_modules():
         if type(module).__name__ not in ("ModuleList", "Sequential") or name.startswith(tuple(found)):
             continue
         children = list(module.children())
-        if len({type(c) for c in children}) == 1 and children and _is_block(children[0], single=len(children) == 1):
+        if (
+            len({type(c).__name__ for c in children}) == 1
+            and children
+            and _is_block(children[0], single=len(children) == 1)
+        ):
             found.append(f"{name}." if name else "")
     return tuple(found)
 

@@ -11,6 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForC
 from quantailor.errors import UsageError
 from quantailor.models.points import find_points, points_of
 from quantailor.models.prepare import planned, prepare
+from quantailor.models.structure import blocks
 from quantailor.points import Points
 from quantailor.recipe import Recipe
 from quantailor.spec import Scheme
@@ -45,6 +46,15 @@ def test_points_of_a_block(make, extra, expected):
 def test_the_embedding_stage_has_one_point_outside_the_blocks_and_the_decoder_of_t5_its_own():
     assert counted(zoo.llama, block=None) == {"embedding": 1}
     assert counted(zoo.t5, block=None) == {"embedding": 2}
+
+
+def test_blocks_are_found_whatever_points_are_on():
+    """The stage before the blocks may hang its point into the first of them, which is then a subclass."""
+    for points in (Points(), Points.of({"embedding": "a8"}), Points.of({"embedding": "a8", "residual": "a8"})):
+        model = zoo.bert()
+        expected = [name for name, _ in blocks(model)]
+        prepare(model, Recipe(Scheme.parse("w8a8"), points=points))
+        assert [name for name, _ in blocks(model)] == expected and len(expected) > 1
 
 
 def test_every_other_point_is_listed_with_its_reason():
