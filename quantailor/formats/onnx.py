@@ -198,12 +198,13 @@ def _check(
 
 
 def _about_flips(flips: onnx_check.Flips) -> str:
+    left = f"; {flips.left} layers not compared, since the file gives them other rows" if flips.left else ""
     if flips.first is None:
-        return f"all {flips.total} integers of quantized inputs on the probe are equal"
+        return f"all {flips.total} integers of quantized inputs on the probe are equal{left}"
     return (
         f"{flips.count} of {flips.total} integers of quantized inputs on the probe are rounded to the other side: "
         f"first {flips.there} in {flips.first}, {flips.largest} of them the largest of a token, which a dynamic scale "
-        "puts halfway between two"
+        f"puts halfway between two{left}"
     )
 
 
