@@ -195,6 +195,10 @@ class Layers(Builder):
             self._made.add(result)
             if isinstance(packed.spec.grid, NF4):
                 self._from_table(name, packed, rows, result)
+            elif held.kind == TensorProto.INT8 and held.zero_point is None and self._is_read_twice(packed):
+                # With session.x64quantprecision ONNX Runtime makes int8 unsigned once a reader, under one name
+                level = self.op("Cast", [f"{name}.weight"], f"{name}/level", to=TensorProto.FLOAT)
+                self._times_scale(name, packed, rows, level, result)
             else:
                 inputs = [f"{name}.weight", f"{name}.weight_scale"]
                 inputs += [f"{name}.weight_zero_point"] if held.zero_point is not None else []
@@ -214,9 +218,20 @@ class Layers(Builder):
         table = self.hold(float_of("nf4_levels", torch.tensor(nf4.LEVELS)))
         index = self.op("Cast", [f"{name}.weight"], f"{name}/index", to=TensorProto.INT32)
         level = self.op("Gather", [table, index], f"{name}/level", axis=0)
+        self._times_scale(name, packed, rows, level, result)
+
+    def _is_read_twice(self, packed: PackedWeight) -> bool:
+        """Whether two nodes read these integers: those of two layers, or of a product and of its outlier columns."""
+        readers = [module for module in self.packed.values() if module.packed is packed]
+        inputs = [module.scheme.input for module in readers]
+        return len(readers) > 1 or any(spec is not None and spec.outliers is not None for spec in inputs)
+
+    def _times_scale(self, name: str, packed: PackedWeight, rows: bool, level: str, result: str) -> None:
         scale = f"{name}.weight_scale"
         held = stored(packed)
-        if held.block_size is None:
+        if held.block_size is None and held.scale.numel() == 1 and packed.out_features > 1:
+            pass  # one for all
+        elif held.block_size is None:
             scale = self.op("Unsqueeze", [scale, self.whole([1 if rows else 0])], f"{name}/scale")
         else:
             block = np.arange(packed.in_features, dtype=np.int32) // held.block_size

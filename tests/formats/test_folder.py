@@ -243,7 +243,7 @@ def test_a_damaged_tensor_is_refused_even_with_matching_hashes(saved_as, tmp_pat
 CONFIG = "quantization_config"
 LAYER = (CONFIG, "layers", Q_PROJ)
 DAMAGED_CONFIGS = [
-    (put(2, CONFIG, "version"), "format version 2; this quantailor reads up to 1"),
+    (put(3, CONFIG, "version"), "format version 3; this quantailor reads up to 2"),
     (put(0, CONFIG, "version"), "format version 0"),
     (put("1", CONFIG, "version"), "format version '1'"),
     (put(None, CONFIG), "no quantization_config"),

@@ -208,7 +208,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line(classifier, monkeypatch, t
 @pytest.fixture
 def bert_w4(saved_as, traced_bert, monkeypatch):
     """The classifier at 4 bits; its graph is traced once."""
-    monkeypatch.setattr(writer, "trace", lambda *_: onnx.ModelProto.FromString(traced_bert))
+    monkeypatch.setattr(writer, "trace", lambda *_, **_options: onnx.ModelProto.FromString(traced_bert))
     return api.load(saved_as("bert", "w4a16-g32")[1])
 
 
