@@ -252,7 +252,7 @@ def test_the_model_is_left_as_it_was(bert_w4, tmp_path):
 
 def test_large_models_keep_their_weights_beside_the_graph(bert_w4, tmp_path):
     receipt = writer.write(tmp_path, bert_w4.model, bert_w4.tokenizer, bert_w4.probe, external_above=10_000)
-    assert "model.onnx.data" in receipt.files and receipt.integers_equal and receipt.max_logit_difference < 1e-5
+    assert "model.onnx.data" in receipt.files and receipt.integers_equal and receipt.max_logit_difference < 1e-4
     proto = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert len(proto.SerializeToString()) < (tmp_path / "model.onnx.data").stat().st_size
     assert differing(read_layers(proto, tmp_path), bert_w4.model) == {}
