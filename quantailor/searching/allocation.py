@@ -119,4 +119,4 @@ def _scaled(score: NDArray[np.float64], unit: NDArray[np.int64]) -> NDArray[np.f
     np.minimum.at(lowest, unit, score)
     score = score - lowest[unit]
     largest = float(score.max())
-    return score * (_RANGE / largest) if largest > 0 else score
+    return score / largest * _RANGE if largest > 0 else score  # in this order: _RANGE / largest may overflow

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantailor.errors import UsageError
@@ -36,6 +36,7 @@ option = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(option, min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 160))
+@example([[Option("w", 0, 2.2250738585072014e-308), Option("w", 1, 0.0)]], 0)
 def test_it_is_the_best_of_all_assignments(units, budget):
     wanted = best_of_all(units, budget)
     if wanted is None:
