@@ -98,7 +98,9 @@ def test_hostile_documents_stay_text(name, text):
 
 @pytest.mark.parametrize("broken", [{"trials": 5}, {"front": None}, {"budgets": []}, {"cost": "x"}, {"space": 7}])
 def test_damaged_documents_make_a_page_or_say_so(broken):
-    Page(page(results.of({**SEARCH, **broken}, "x"), "zh"))
+    written = page(results.of({**SEARCH, **broken}, "x"), "zh")
+    Page(written)
+    assert written.lstrip().lower().startswith("<!doctype html") and "x" in written
 
 
 @pytest.fixture(scope="module")
