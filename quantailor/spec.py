@@ -202,7 +202,7 @@ class Scheme:
         Raises: UsageError: why these parts cannot go together, or else the nearest known schemes.
 
         >>> Scheme.parse("w4a16-g32").weight.granularity
-        PerGroup(size=32, ragged=True)
+        PerGroup(size=32, ragged=True, indexed=False)
         """
         scheme = _parse(text.strip().lower())
         if scheme is None:
