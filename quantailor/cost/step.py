@@ -30,7 +30,8 @@ from quantailor.spec import QuantSpec, Scheme
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (student [n, V], teacher [n, V]) -> 0-d
 Group = tuple[str, str]  # (prefix of a list of blocks, signature of its blocks)
-_BASE, _MORE = 2, 2  # blocks of a kind that are traced, and how many more the second time
+_BASE, _MORE = 2, 2  # blocks of a kind that are traced, and how many more the second time: even, so that half of
+# backward ends between two blocks in both
 
 
 @dataclass(frozen=True)
@@ -337,21 +338,33 @@ def _scored(logits: Tensor, kind: Kind) -> Tensor:
 
 
 def _update(model: nn.Module, live: int) -> Trace:
-    """Clipping, the look for infinities and AdamW, parameter by parameter as torch runs them on a CPU."""
+    """Clipping, the look for infinities and AdamW, parameter by parameter as torch runs them on a CPU: what is done for
+    one of a size is done alike for all of it, so it is traced once and counted as often."""
     trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
+    alike = Counter((p.shape, p.dtype) for p in trained)
+    first = {(p.shape, p.dtype): p for p in reversed(trained)}
+    whole = Trace()
+    for key, count in alike.items():
+        part = _update_of(first[key], live)
+        for op, times in part.ops.items():
+            whole.ops[op] += count * times
+        for phase, peak in part.peaks.items():
+            whole.peaks[phase] = max(whole.peaks.get(phase, 0), peak)
+    return whole
+
+
+def _update_of(p: nn.Parameter, live: int) -> Trace:
+    assert p.grad is not None
+    mean, square = torch.zeros_like(p), torch.zeros_like(p)
     tracer = Tracer()
-    tracer.own((*model.parameters(), *(m for pair in moments for m in pair)))
-    tracer.own(p.grad for p in trained if p.grad is not None)
+    tracer.own((p, p.grad, mean, square))
     tracer.live = live
     with tracer, tracer.phase("update"), torch.no_grad():
-        for p, (mean, square) in zip(trained, moments):
-            assert p.grad is not None
-            torch.linalg.vector_norm(p.grad)
-            torch.linalg.vector_norm(p.grad)
-            p.grad.mul_(torch.ones(()))
-            mean.lerp_(p.grad, 0.1)
-            square.mul_(0.99).addcmul_(p.grad, p.grad, value=0.01)
-            scale = (square.sqrt() / 1.0).add_(1e-8)
-            p.addcdiv_(mean, scale, value=-1.0)
+        torch.linalg.vector_norm(p.grad)
+        torch.linalg.vector_norm(p.grad)
+        p.grad.mul_(torch.ones(()))
+        mean.lerp_(p.grad, 0.1)
+        square.mul_(0.99).addcmul_(p.grad, p.grad, value=0.01)
+        scale = (square.sqrt() / 1.0).add_(1e-8)
+        p.addcdiv_(mean, scale, value=-1.0)
     return tracer.trace
