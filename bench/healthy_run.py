@@ -64,7 +64,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any], None] | None]] = {
 def go(scheme: str, steps: int, fault: str | None, context: int) -> dict[str, Any]:
     source = qt.load(DATA / "models" / "stories260k")
     text = (DATA / "text" / "tinystories" / "train.txt").read_text(encoding="utf-8")
-    data = [part for part in text[:1_500_000].split("<|endoftext|>") if part.strip()]
+    data = [part.strip() for part in text[:1_500_000].split("<|endoftext|>") if part.strip()]
     held = (DATA / "text" / "tinystories" / "valid.txt").read_text(encoding="utf-8")[:20_000]
     examples = api.examples_for(source, data, context=context)
     valid = api.examples_for(source, [held], context=context)

@@ -51,7 +51,7 @@ Result = dict[str, Any]
 def documents() -> tuple[list[str], list[str]]:
     """(to train on, to choose with): disjoint parts of the training text."""
     text = (DATA / "text" / "tinystories" / "train.txt").read_text(encoding="utf-8")
-    found = [d for d in text.split("<|endoftext|>") if d.strip()]
+    found = [d.strip() for d in text.split("<|endoftext|>") if d.strip()]
     return found[:-CHOOSING], found[-CHOOSING:]
 
 

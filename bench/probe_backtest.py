@@ -34,7 +34,8 @@ CONTEXT, ROWS, BATCH = 64, 128, 8
 def cell(scheme: str, seed: int) -> dict[str, Any]:
     """The probe of one scheme and seed, and the run that it forecasts."""
     model = qt.load(DATA / "models" / "stories260k")
-    text = (DATA / "text" / "tinystories" / "train.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    whole = (DATA / "text" / "tinystories" / "train.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    text = [part.strip() for part in whole]
     train = examples_for(model, text[:700], context=CONTEXT)
     held = examples_for(model, text[-60:], context=CONTEXT).take(96)
     settings = qt.Settings(steps=4 * 2 * ROWS // BATCH, batch_size=BATCH, seed=seed)

@@ -108,7 +108,7 @@ def cell(name: str, scheme: str, batch_size: int, context: int, rounds: int) -> 
     text = DATA / "text" / "tinystories"
     source = qt.load(DATA / "models" / name)
     with open(text / "train.txt", encoding="utf-8") as file:
-        rows = [{"text": part} for part in file.read(400_000).split("<|endoftext|>") if part.strip()]
+        rows = [{"text": part.strip()} for part in file.read(400_000).split("<|endoftext|>") if part.strip()]
     data = [row["text"] for row in rows]
     examples = api.examples_for(source, data, context=context)
     model = qt.quantize(source, scheme, data=examples, samples=8, method="rtn").model

@@ -135,7 +135,8 @@ def run_of(name: str, seed: int, steps: int) -> dict[str, Any]:
     """One whole run: the metric before and after, and its CPU seconds."""
     saver = SAVERS[name]
     model = qt.load(DATA / "models" / "stories260k")
-    text = (DATA / "text" / "tinystories" / "train.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    whole = (DATA / "text" / "tinystories" / "train.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    text = [part.strip() for part in whole]
     train = examples_for(model, text[:400], context=LENGTH)
     choose = examples_for(model, text[-60:], context=LENGTH).take(48)
     judged = examples_for(model, DATA / "text" / "tinystories" / "valid.txt", context=LENGTH).take(160)
