@@ -4,11 +4,12 @@
 
 Ranking: every layer alone at 3 and at 2 bits, quantized by the library's own verb and measured on the whole validation
 data (the change of the loss and of KL), against `sensitivity` on held training rows, measured and from gradients;
-Spearman's rank correlation. Mixed: for calibration seeds 0 to 4, `mixed` (layers solved one by one with GPTQ) against
-the uniform scheme of the very same bytes, scales counted; both then quantized with Qronos, the default of one pass, on
-the same calibration rows and measured on the validation data: KL and perplexity ratio to float. The classifier is
-MiniLM fine-tuned on SST-2 in float first (--steps). A run adds its model to --out. QUANTAILOR_DATA points at models and
-data (docs/BENCHMARKS.md). The last line is JSON.
+Spearman's rank correlation. Of a classifier also how far each row's loss moves, either way, in the mean: single layers
+move the mean loss by less than the labels' noise, and as often down as up. Mixed: for calibration seeds 0 to 4,
+`mixed` (layers solved one by one with GPTQ) against the uniform scheme of the very same bytes, scales counted; both
+then quantized with Qronos, the default of one pass, on the same calibration rows and measured on the validation data:
+KL and perplexity ratio to float. The classifier is MiniLM fine-tuned on SST-2 in float first (--steps). A run adds its
+model to --out. QUANTAILOR_DATA points at models and data (docs/BENCHMARKS.md). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -82,13 +83,21 @@ def loss_of(result: Any) -> float:
     return float(getattr(result, "nats_per_token", getattr(result, "mean_loss", float("nan"))))
 
 
+def row_losses(result: Any) -> Any:
+    """Cross-entropy of every row of a classifier's result; None for another task's."""
+    if not hasattr(result, "log_probs"):
+        return None
+    return -result.log_probs[torch.arange(len(result.labels)), torch.from_numpy(result.labels)]
+
+
 def ranking(model: Model, data: Examples, valid: Examples, reference: Any, bits: int) -> dict[str, Any]:
     """Spearman of both ways against brute force, over single layers (not units): more to rank."""
-    base = loss_of(getattr(reference, "result", reference))
+    before = getattr(reference, "result", reference)
+    base, rows_before = loss_of(before), row_losses(before)
     found = {
         how: sensitivity(model, data, (bits,), how=how, tied=False, roles=SEARCHED) for how in ("measured", "fisher")
     }
-    loss, kl = {}, {}
+    loss, kl, moved = {}, {}, {}
     for row in found["measured"].rows:
         rules = [
             Rule(Scheme.parse(f"w{bits}a16-g32"), pattern=row.unit.layers[0]),
@@ -96,6 +105,8 @@ def ranking(model: Model, data: Examples, valid: Examples, reference: Any, bits:
         ]
         alone = evaluate(quantize(model, "float", data=data, rules=rules, method="gptq").model, valid, reference)
         loss[row.unit.name], kl[row.unit.name] = loss_of(alone) - base, float(alone.kl or 0.0)
+        if rows_before is not None:
+            moved[row.unit.name] = float((row_losses(alone) - rows_before).abs().mean())
     result: dict[str, Any] = {"bits": bits, "layers": len(loss), "validation_rows": len(valid)}
     for how, table in found.items():
         mine = [row.kl[bits] or 0.0 for row in table.rows]
@@ -105,6 +116,9 @@ def ranking(model: Model, data: Examples, valid: Examples, reference: Any, bits:
             "spearman_kl": float(spearmanr(mine, [kl[n] for n in names]).statistic),
             "seconds": table.seconds,
         }
+        if moved:
+            result[how]["spearman_loss_of_rows"] = float(spearmanr(mine, [moved[n] for n in names]).statistic)
+    result["changes"] = {n: {"loss": loss[n], "kl": kl[n], "loss_of_rows": moved.get(n)} for n in loss}
     result["spearman_of_brute_force_kl_and_loss"] = float(spearmanr(list(kl.values()), list(loss.values())).statistic)
     return result
 
