@@ -1,5 +1,6 @@
 """Every example runs, and so does the Python block of the README."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -44,12 +45,30 @@ def test_example(name, arguments, expected, tmp_path):
     assert expected in run([str(ROOT / "examples" / f"{name}.py"), *arguments], tmp_path)
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
-def test_readme_block(page, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert blocks, f"{page} shows no Python"
-    (tmp_path / "block.py").write_text(blocks[0].replace("steps=100", "steps=4"), encoding="utf-8")
+def blocks_of(page: str) -> list[str]:
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert found, f"{page} shows no Python"
+    return found
+
+
+def test_readme_block(tmp_path):
+    block = blocks_of("README.md")[0]
+    (tmp_path / "block.py").write_text(block.replace("steps=100", "steps=4"), encoding="utf-8")
     assert "True" in run(["block.py"], tmp_path)
+
+
+def code_of(block: str) -> str:
+    """Without comments and without what it prints in words."""
+    tree = ast.parse(block)
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print":
+            call.args = [a for a in call.args if not isinstance(a, ast.Constant)]
+    return ast.dump(tree)
+
+
+def test_both_readmes_show_the_same_code():
+    english, chinese = (list(map(code_of, blocks_of(page))) for page in ("README.md", "README.zh-CN.md"))
+    assert english == chinese
 
 
 def test_all_examples_are_run():
