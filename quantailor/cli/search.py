@@ -42,7 +42,8 @@ def search(
         list[str] | None,
         typer.Option(
             help="what to choose from: NAME=VALUE,VALUE of bits, group (0: a row), inputs, scales (learned, fixed), "
-            "steps, frozen (share of the blocks), learning_rate (times the table's; or LOW..HIGH); repeatable"
+            "steps, frozen (share of the blocks), lora (rank of adapters; 0: none), learning_rate (times the table's; "
+            "or LOW..HIGH); repeatable"
         ),
     ] = None,
     trials: Annotated[

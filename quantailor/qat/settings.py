@@ -210,3 +210,13 @@ def learning_rates(settings: Settings, weight_bits: int, num_parameters: int) ->
         settings.learning_rate if settings.learning_rate is not None else row.learning_rate * size,
         settings.scale_learning_rate if settings.scale_learning_rate is not None else scales,
     )
+
+
+# Of A and B (Adam), by the lowest number of weight bits. Tried at 4 bits alone (docs/LOG.md); at fewer bits steps are
+# wider, and rates follow those of full QAT.
+_ADAPTER_RATE = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 5e-4, 5: 5e-4, 6: 3e-4, 7: 3e-4, 8: 2e-4}
+
+
+def adapter_rate(settings: Settings, weight_bits: int) -> float:
+    """Of adapters, from the settings or the table."""
+    return settings.learning_rate if settings.learning_rate is not None else _ADAPTER_RATE[weight_bits]

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from quantailor.data.examples import Examples
 from quantailor.evaluate.lm import Reference
 from quantailor.evaluate.run import evaluate, reference_for
+from quantailor.models.adapt import adapt
 from quantailor.models.prepare import pack_model, prepare, state_of
+from quantailor.nn.lora import LoRA
 from quantailor.progress import Advance, Progress
 from quantailor.ptq.defaults import one_pass
 from quantailor.ptq.driver import calibrate, methods_of
@@ -108,6 +110,8 @@ class Runs:
         """
         began = self.clock()
         candidate = copy.deepcopy(self.start(point.scheme).model)
+        if point.lora:
+            adapt(candidate, LoRA(r=point.lora, scales=point.scales == "learned"), seed=self.settings.seed)
         settings = point.settings(self.settings, self.num_parameters, steps)
         settings = dataclasses.replace(settings, evaluations=looks)
         assert settings.steps is not None
@@ -120,7 +124,9 @@ class Runs:
         state = state_of(candidate)
         assert state is not None and watched.best.score is not None
         if watched.best.step > 0 and not state.method.endswith("+qat"):
-            state.method += "+qat"
+            state.method += "+lora" if point.lora else "+qat"
+        if point.lora:
+            candidate = pack_model(candidate).eval()  # adapters merged: the very integers that were trained
         return Trained(candidate, self._loss(watched.best.score), watched.done, self.clock() - began)
 
     def latency_of(self, model: nn.Module) -> float | None:

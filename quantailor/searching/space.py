@@ -4,6 +4,7 @@ bits, group, inputs     the scheme: bits of weights, elements that share a scale
 scales                  `learned` (LSQ) or `fixed` (clipped straight-through)
 learning_rate           times what qat/settings.py has for these bits and this size
 steps, frozen           length of the run; share of the blocks, from below, that does not train
+lora                    rank of adapters inside the rounding, which alone train, `learned` scales with them; 0: none
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantailor.errors import UsageError
-from quantailor.qat.settings import Settings, learning_rates
+from quantailor.qat.settings import Settings, adapter_rate, learning_rates
 from quantailor.spec import Scheme
 
 Value = int | float | str
@@ -48,6 +49,7 @@ class Point:
     learning_rate: float = 1.0
     steps: int = 200
     frozen: float = 0.0
+    lora: int = 0
 
     @property
     def scheme(self) -> Scheme:
@@ -56,11 +58,12 @@ class Point:
 
     def settings(self, base: Settings, num_parameters: int, steps: int | None = None) -> Settings:
         """`base` with what this point says; `steps` stands in for the point's own."""
+        full = learning_rates(base, self.bits, num_parameters)[0]
         return dataclasses.replace(
             base,
             steps=steps or self.steps,
-            learning_rate=self.learning_rate * learning_rates(base, self.bits, num_parameters)[0],
-            gradient="lsq" if self.scales == "learned" else "ste",
+            learning_rate=self.learning_rate * (adapter_rate(base, self.bits) if self.lora else full),
+            gradient="lsq" if self.scales == "learned" or self.lora else "ste",
             freeze_lower=self.frozen,
         )
 
@@ -70,7 +73,8 @@ class Point:
     def __str__(self) -> str:
         rate = f"rate x{self.learning_rate:.3g}"
         frozen = f", {self.frozen:.0%} frozen" if self.frozen else ""
-        return f"{self.scheme}, {self.scales} scales, {rate}, {self.steps} steps{frozen}"
+        lora = f", LoRA of rank {self.lora}" if self.lora else ""
+        return f"{self.scheme}{lora}, {self.scales} scales, {rate}, {self.steps} steps{frozen}"
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Point))
@@ -88,6 +92,7 @@ class Space:
     learning_rate: tuple[float, ...] | Range = Range(0.3, 3.0)
     steps: tuple[int, ...] = (50, 100, 200)
     frozen: tuple[float, ...] = (0.0, 0.25, 0.5)
+    lora: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         for name, values in self.items():
@@ -99,7 +104,7 @@ class Space:
                 raise UsageError(f"the space has a value of {name} twice: {', '.join(map(str, values))}")
         if unknown := [s for s in self.scales if s not in ("learned", "fixed")]:
             raise UsageError(f"scales={unknown[0]!r} is none of learned, fixed")
-        for name, least in (("steps", 1), ("group", 0), ("frozen", 0), ("learning_rate", 1e-9)):
+        for name, least in (("steps", 1), ("group", 0), ("frozen", 0), ("lora", 0), ("learning_rate", 1e-9)):
             values = dict(self.items())[name]
             if not isinstance(values, Range) and min(values) < least:
                 raise UsageError(f"{name}={min(values)} in the space must be {least:g} or more")
@@ -133,9 +138,10 @@ class Space:
         rate = 1.0 if isinstance(self.learning_rate, Range) else min(self.learning_rate, key=lambda r: abs(math.log(r)))
         if isinstance(self.learning_rate, Range) and rate not in self.learning_rate:
             rate = math.sqrt(self.learning_rate.low * self.learning_rate.high)
-        rest = {"learning_rate": rate, "scales": self.scales[0], "steps": self.steps[0], "frozen": self.frozen[0]}
+        rest = {name: getattr(self, name)[0] for name in ("scales", "steps", "frozen", "lora")}
+        rest["learning_rate"] = rate
         schemes = itertools.product(self.bits, self.group, self.inputs)
-        return [Point(bits=b, group=g, inputs=i, **rest) for b, g, i in schemes]  # type: ignore[arg-type]
+        return [Point(bits=b, group=g, inputs=i, **rest) for b, g, i in schemes]
 
     def with_texts(self, texts: Iterable[str]) -> Space:
         """The space with `NAME=VALUE,VALUE` or `NAME=LOW..HIGH` in place of its own.

@@ -13,13 +13,10 @@ from quantailor.formats import folder as folders
 from quantailor.models.adapt import Size, adapters, num_weights, sharing_copy
 from quantailor.models.structure import modules_of
 from quantailor.nn.lora import LoRA, LoRALinear
-from quantailor.qat.settings import Settings
+from quantailor.qat.settings import Settings, adapter_rate
 from quantailor.verbs.adapters import add_adapter, as_lora, load_base
 from quantailor.verbs.model import Model
 
-# Of A and B (Adam), by the lowest number of weight bits. Tried at 4 bits alone (docs/LOG.md); at fewer bits steps are
-# wider, and rates follow those of full QAT.
-LEARNING_RATE = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 5e-4, 5: 5e-4, 6: 3e-4, 7: 3e-4, 8: 2e-4}
 _PLAIN = {
     "gradient": "lsq",
     "trains": "all",
@@ -99,10 +96,8 @@ def _rows(module: Any) -> Tensor:
 
 def adapter_rates(settings: Settings, model: nn.Module) -> Settings:
     """The same with the adapters' own learning rate where none is asked for."""
-    if settings.learning_rate is not None:
-        return settings
     bits = min(m.packed.spec.grid.bits for _, m in modules_of(model, LoRALinear))
-    return dataclasses.replace(settings, learning_rate=LEARNING_RATE[bits])
+    return dataclasses.replace(settings, learning_rate=adapter_rate(settings, bits))
 
 
 def size_of_adapter(model: nn.Module, name: str) -> Size:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from quantailor.errors import UsageError
-from quantailor.qat.settings import Settings, learning_rates
+from quantailor.qat.settings import Settings, adapter_rate, learning_rates
 from quantailor.searching.space import Point, Range, Space, point_of
 
 
@@ -43,6 +43,15 @@ def test_settings_of_a_point():
     assert made.learning_rate == pytest.approx(2 * learning_rates(base, 2, 1_000_000)[0])
     assert (made.steps, made.gradient, made.freeze_lower, made.batch_size, made.seed) == (7, "ste", 0.5, 3, 5)
     assert Point().settings(base, 1_000_000, steps=9).steps == 9
+
+
+def test_a_rank_takes_the_adapters_rate_and_keeps_the_scales_choice():
+    base = Settings()
+    made = Point(bits=4, lora=8, scales="fixed", learning_rate=2.0).settings(base, 1_000_000)
+    assert made.learning_rate == pytest.approx(2 * adapter_rate(base, 4)) and made.gradient == "lsq"
+    assert "LoRA of rank 8, fixed scales" in str(Point(lora=8, scales="fixed"))
+    space = Space().with_texts(["lora=0,8"])
+    assert space.lora == (0, 8) and {p.lora for p in space.first_points()} == {0}
 
 
 def test_texts():

@@ -1,5 +1,6 @@
 """`search` on a tiny model: what it finds is what it saves, and what it cannot do it says."""
 
+import dataclasses
 import json
 
 import pytest
@@ -49,6 +50,19 @@ def test_the_winner_is_saved_measured_again_and_meets_its_budgets(model, tmp_pat
     assert data["cost"]["seconds"] <= 300 and api.check(tmp_path / "out").equal
     assert not (tmp_path / ".out.study").exists()
     assert "feasible: " in found.text() and "<- winner" in found.text() and "the search cost" in found.text()
+
+
+def test_a_rank_is_searched_and_what_is_saved_are_merged_integers(model, tmp_path):
+    space = dataclasses.replace(SPACE, bits=(2,), learning_rate=(3.0,), steps=(30,), lora=(4, 8))
+    found = searched(model, tmp_path / "out", accuracy="1%", space=space)
+    assert {t["point"]["lora"] for t in found.data["trials"]} == {4, 8}
+    assert all(t["loss"] <= t["ptq_loss"] for t in found.data["trials"])
+    assert "LoRA of rank" in found.text() and found.data["final"]["steps"] > 0
+    saved = api.load(tmp_path / "out")
+    assert saved.state.method.endswith("+lora") and not any("adapters" in n for n, _ in saved.model.named_modules())
+    assert api.check(tmp_path / "out").equal
+    value = api.evaluate(saved, texts(25, seed=2), context=48).value
+    assert value == pytest.approx(found.data["final"]["value"], rel=1e-5)
 
 
 def test_infeasible_says_what_is_closest_and_saves_it(model, tmp_path):
