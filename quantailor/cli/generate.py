@@ -13,13 +13,28 @@ def generate(
     model: o.ModelArgument,
     prompt: Annotated[str, typer.Option(help="what the text starts with")] = "Once upon a time",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="multiply as `check` does, bit for bit what was trained; slower")
+    ] = False,
     json: o.JsonOption = False,
 ) -> None:
-    """Continue a prompt greedily, with a float or quantized language model.
+    """Continue a prompt greedily, with a float or quantized language model, and show the text as it comes.
 
     Example:  quantailor generate ./model-w4 --prompt "Once upon a time" --max-new-tokens 100
+
+    Packed weights are multiplied by the kernels that `quantailor bench` lists; logits differ from the proven ones by
+    some 1e-4 of the largest, so that now and then another word may follow.
     """
     from quantailor import api
 
-    text = api.generate(model, prompt, max_new_tokens=max_new_tokens)
-    o.show({"prompt": prompt, "text": text, "max_new_tokens": max_new_tokens}, text, json)
+    shown: list[str] = []
+
+    def say(text: str) -> None:
+        shown.append(text)
+        typer.echo(text if len(shown) > 1 else prompt + text, nl=False)
+
+    text = api.generate(model, prompt, max_new_tokens=max_new_tokens, fast=not reference, on_text=None if json else say)
+    if json:
+        o.show({"prompt": prompt, "text": text, "max_new_tokens": max_new_tokens, "reference": reference}, text, json)
+    else:
+        typer.echo("" if shown else text)

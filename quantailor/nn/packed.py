@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantailor.kernels import decode
+from quantailor.kernels.decode import StoredWeight
+from quantailor.kernels.operators import opaque
 from quantailor.kernels.ops import IntegerInput, IntegerWeight, has_integer_product, int_linear
 from quantailor.nn.activation_quantizer import fake_quantized_activation, gradient_carrier, quantize_activation
 from quantailor.nn.fake_quant import FakeQuant, FakeQuantConv2d, FakeQuantEmbedding, FakeQuantLinear
@@ -178,6 +181,20 @@ class PackedWeight(nn.Module):
         offset = grids.limits(self.spec.grid)[2]
         return torch.full_like(self.scales(), offset) if offset else None
 
+    def stored(self) -> StoredWeight | None:
+        """As a kernel for packed weights reads it; None for what such kernels do not know: NF4, bits that straddle
+        words, listed groups."""
+        grid = self.spec.grid
+        if isinstance(grid, NF4) or self.spec.is_indexed or grid.bits not in (1, 2, 4, 8):
+            return None
+        buffers = dict(self.named_buffers())
+        if self.is_int8:
+            return StoredWeight(buffers["q"], buffers["scale"], 8, self.in_features, self.spec.group_size)
+        move = 0.0 if self.is_asymmetric else grids.lowest(grid) + grids.limits(grid)[2]
+        zero = buffers.get("zero_point")
+        scale = buffers["scale"]
+        return StoredWeight(buffers["words"], scale, grid.bits, self.in_features, self.spec.group_size, move, zero)
+
     def grid_rows(self, rows: slice) -> IntegerWeight:
         """Some rows as the integer product takes them."""
         scale, shift = self.scales(), self.shift()
@@ -229,6 +246,8 @@ class QuantLinear(_Quant):
     them (nn/recompute.py).
     """
 
+    serves = False  # whether products are chosen by shape (models/serving.py)
+
     @property
     def in_features(self) -> int:
         return self.packed.in_features
@@ -245,6 +264,8 @@ class QuantLinear(_Quant):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
             return self._out(self._with_gradient(x))
+        if self.serves and self.scheme.input is None and not opaque(x):
+            return self._out(self._served(x))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.scheme.input is None:
             return self._out(F.linear(x, self.packed.dequantize().to(x.dtype), bias))
@@ -255,6 +276,15 @@ class QuantLinear(_Quant):
             self.packed.integers(), self.packed.scales(), self.packed.shift(), self.packed.spec.group_size
         )
         return self._out(int_linear(x_int, grid, self.bias, dtype=output_dtype(x)))
+
+    def _served(self, x: Tensor) -> Tensor:
+        rows_TN, weight = x.reshape(-1, self.in_features), self.packed.stored()
+        if decode.why_not(weight, rows_TN.shape[0], x.device.type):
+            y = decode.by_blocks(rows_TN, self.packed.dequantize, self.out_features, self.bias)
+        else:
+            assert weight is not None
+            y = decode.decode_linear(rows_TN, weight, self.bias).to(x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def _with_gradient(self, x: Tensor) -> Tensor:
         x_int = None if self.scheme.input is None else self._quantize_input(x)

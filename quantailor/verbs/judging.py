@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TextStreamer
 
 from quantailor import ptq
 from quantailor.data.encode import encode, start_token
@@ -22,6 +26,7 @@ from quantailor.models.loading import (
     device_of,
 )
 from quantailor.models.prepare import unpack_model
+from quantailor.models.serving import serving
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics.measures import relative_max_difference
 from quantailor.progress import Progress
@@ -154,8 +159,19 @@ def _check_foreign(path: Path) -> Parity:
     return compare(unpack_model(copy.deepcopy(model.model)), model.model, default_probe(model))
 
 
-def generate(model: str | Path | Model, prompt: str, *, max_new_tokens: int = 64) -> str:
-    """Greedy text from a language model: the prompt and what follows it."""
+def generate(
+    model: str | Path | Model,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    fast: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Greedy text from a language model: the prompt and what follows it.
+
+    `fast`: products of packed weights by shape (models/serving.py) and a cache of keys and values laid out once;
+    without it, the path that `check` proves. `on_text` gets what follows the prompt as it comes, a word or so at a time.
+    """
     ready = as_model(model)
     if ready.task != "lm":
         raise UsageError("only a language model generates text; this one classifies")
@@ -175,12 +191,27 @@ def generate(model: str | Path | Model, prompt: str, *, max_new_tokens: int = 64
         )
     pad = ready.tokenizer.pad_token_id if ready.tokenizer.pad_token_id is not None else ready.tokenizer.eos_token_id
     ids = ids.to(device_of(ready.model))
-    with torch.inference_mode():
+    streamer = None if on_text is None else _Told(ready.tokenizer, on_text)
+    with torch.inference_mode(), serving(ready.model) if fast else nullcontext():
         output = ready.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=pad,
+            streamer=streamer,
+            **({"cache_implementation": "static"} if fast else {}),
         )
     return str(ready.tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+class _Told(TextStreamer):
+    """Hands text on as soon as it is whole words, the prompt left out."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)

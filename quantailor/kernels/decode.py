@@ -1,0 +1,125 @@
+"""Few rows times packed weights of 1, 2, 4 or 8 bits, read as they are stored: what decoding a token is made of.
+
+Inputs become integers of 16 bits, one scale to a step of 32 bytes of weights (8 bits: 32 inputs, 4 bits: 64, ...), so
+the sums are sums of integers, exact, and a result differs from the float product by 2^-16 of a step's largest input.
+The kernel is native (native/decode.c); `decode_reference` says the same in torch, for the tests. Without it, or for
+other shapes, weights are dequantized a block of rows at a time (`by_blocks`), which no number of rows is too many for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantailor.kernels.native import library as native
+from quantailor.numerics.grouping import num_groups, per_element
+
+MOST_ROWS = 8  # beyond, reading the weights once and multiplying floats is faster (docs/INFERENCE.md)
+LARGEST = 32512  # 127 * 256
+_BLOCK_BYTES = 8 * 2**20  # of float weights at a time: they stay in the caches, and no fresh memory is mapped for them
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A packed weight as the kernel reads it: `data` int32 words or int8 [O, ...], unsigned integers u of `bits` bits
+    (at 8 bits signed where `data` is int8); `scale` float32 [O, G] or [1, 1]; w_hat = (u + move) * scale, or with
+    `zero_point` uint8 [O, G], (u - zero_point) * scale. `group_size` None: one group."""
+
+    data: Tensor
+    scale: Tensor
+    bits: int
+    in_features: int
+    group_size: int | None
+    move: float = 0.0
+    zero_point: Tensor | None = None
+
+    @property
+    def step(self) -> int:
+        """Inputs whose weights fill 32 bytes."""
+        return 256 // self.bits
+
+    @property
+    def groups(self) -> int:
+        return num_groups(self.in_features, self.group_size)
+
+
+def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
+    """Why the native kernel does not take this product; "" where it does."""
+    if weight is None:
+        return "its grid has no kernel here (it has for uniform grids of 1, 2, 4 and 8 bits)"
+    if rows > MOST_ROWS:
+        return f"{rows} rows: beyond {MOST_ROWS} a product of floats is faster"
+    if device != "cpu":
+        return f"the kernel runs on a CPU, and this is {device}"
+    if native.library() is None:
+        return native.why_not()
+    if not has_kernel():
+        return "this processor has no AVX2"
+    size, step = weight.group_size, weight.step
+    least = step if weight.bits == 8 else step // 8  # inputs to a lane, which has one scale
+    if weight.groups > 1 and size is not None and size % step and (step % size or size < least):
+        return f"groups of {size} do not fit steps of {step} inputs"
+    return ""
+
+
+def has_kernel() -> bool:
+    """Whether the native library was built for a processor that the kernel is written for."""
+    lib = native.library()
+    return lib is not None and bool(lib.decode_ready())
+
+
+def decode_linear(x_TN: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x @ w_hat^T + bias: float32 [T, O] of x [T, N] in any float type. `why_not` must have said nothing."""
+    x = x_TN.detach().float().contiguous()
+    rows, length = x.shape
+    data, groups = weight.data, weight.groups
+    out = data.shape[0]
+    y = torch.empty(rows, out)
+    failed = native.call(
+        *("decode", x, rows, length, data, data.shape[1] * data.element_size(), weight.bits),
+        int(data.dtype != torch.int8),
+        *(weight.scale, 0 if weight.scale.shape[0] < out else weight.scale.shape[1], float(weight.move)),
+        *(weight.zero_point, groups, length if groups == 1 else weight.group_size),
+        *(None if bias is None else bias.float().contiguous(), y, out),
+    )
+    if failed:
+        raise MemoryError(f"no memory for {rows} rows of {length} inputs as integers")
+    return y
+
+
+def by_blocks(
+    x_TN: Tensor, dequantize: Callable[[slice], Tensor], out_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """y [T, O] in x's type, the weight's rows as floats only a block at a time. `dequantize`: rows -> [n, N]."""
+    y = x_TN.new_empty(x_TN.shape[0], out_features)
+    run = max(16, _BLOCK_BYTES // (4 * max(1, x_TN.shape[1])))
+    for start in range(0, out_features, run):
+        rows = slice(start, min(start + run, out_features))
+        part = None if bias is None else bias[rows].to(x_TN.dtype)
+        y[:, rows] = F.linear(x_TN, dequantize(rows).to(x_TN.dtype), part)
+    return y
+
+
+def decode_reference(x_TN: Tensor, u_ON: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
+    """`decode_linear` as the formula in native/decode.c, in float64; `u_ON` are the stored integers."""
+    length, step, group = x_TN.shape[1], weight.step, weight.group_size
+    padded = F.pad(x_TN.float(), (0, -length % step)).unflatten(1, (-1, step))
+    largest = padded.abs().amax(-1, keepdim=True)
+    scale = largest / LARGEST
+    inverse = torch.where(largest > 0, torch.tensor(float(LARGEST)) / largest, 0)  # a number / a tensor rounds twice
+    small = ~torch.isfinite(inverse)
+    scale, inverse = scale.masked_fill(small, 0), inverse.masked_fill(small, 0)
+    x_int = torch.round(padded * inverse).clamp(-LARGEST, LARGEST)
+    x_hat = (x_int.double() * scale.double()).flatten(1)[:, :length]
+    x_hat[~torch.isfinite(x_TN.float()).all(1)] = torch.nan
+    zero, move = weight.zero_point, torch.tensor(weight.move)
+    if zero is not None:
+        move = -per_element(zero.double(), length, group)
+    scales = weight.scale.double().expand(u_ON.shape[0], -1)
+    w_hat = (u_ON.double() + move.double()) * per_element(scales, length, group)
+    y = x_hat @ w_hat.t()
+    return y if bias is None else y + bias.double()

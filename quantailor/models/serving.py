@@ -1,0 +1,55 @@
+"""The fast path of a packed model: products chosen by shape, for as long as it serves.
+
+Outside, packed layers run as `check` proves them, bit for bit what was trained. Inside, a layer whose weight alone is
+quantized multiplies few rows by the kernel that reads packed weights (kernels/decode.py), many by floats a block at a
+time: the same integers, and logits within some 1e-4 of the largest, since inputs are held in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from quantailor.kernels import decode
+from quantailor.models.structure import modules_of
+from quantailor.nn.packed import QuantLinear
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers of one kind, what few rows take there ("packed kernel", "float blocks", "integer product"), and why."""
+
+    scheme: str
+    layers: int
+    few_rows: str
+    why: str
+
+
+@contextmanager
+def serving(model: nn.Module) -> Iterator[list[Choice]]:
+    """Products by shape while it lasts; yields what few rows take, a line a kind of layer."""
+    layers = [m for _, m in modules_of(model, QuantLinear) if not m.serves]
+    for layer in layers:
+        layer.serves = True
+    try:
+        yield choices(model)
+    finally:
+        for layer in layers:
+            layer.serves = False
+
+
+def choices(model: nn.Module) -> list[Choice]:
+    """What one row would take in each kind of packed linear layer."""
+    found: dict[tuple[str, str, str], int] = {}
+    for _, layer in modules_of(model, QuantLinear):
+        if layer.scheme.input is not None:
+            key = (str(layer.scheme), "integer product", "its inputs are integers as well")
+        else:
+            reason = decode.why_not(layer.packed.stored(), 1, layer.packed.scales().device.type)
+            few = "float blocks" if reason else "packed kernel"
+            key = (str(layer.scheme), few, reason or f"up to {decode.MOST_ROWS} rows; more take float blocks")
+        found[key] = found.get(key, 0) + 1
+    return [Choice(scheme, count, few, why) for (scheme, few, why), count in found.items()]
