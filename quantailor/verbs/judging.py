@@ -170,7 +170,7 @@ def generate(
     """Greedy text from a language model: the prompt and what follows it.
 
     `fast`: products of packed weights by shape (models/serving.py) and a cache of keys and values laid out once;
-    without it, the path that `check` proves. `on_text` gets what follows the prompt as it comes, a word or so at a time.
+    without it, the path that `check` proves. `on_text` gets what follows the prompt as it comes, some words at a time.
     """
     ready = as_model(model)
     if ready.task != "lm":
