@@ -9,7 +9,10 @@ other shapes, weights are dequantized a block of rows at a time (`by_blocks`), w
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,16 +82,32 @@ def decode_linear(x_TN: Tensor, weight: StoredWeight, bias: Tensor | None = None
     data, groups = weight.data, weight.groups
     out = data.shape[0]
     y = torch.empty(rows, out)
-    failed = native.call(
-        *("decode", x, rows, length, data, data.shape[1] * data.element_size(), weight.bits),
-        int(data.dtype != torch.int8),
-        *(weight.scale, 0 if weight.scale.shape[0] < out else weight.scale.shape[1], float(weight.move)),
-        *(weight.zero_point, groups, length if groups == 1 else weight.group_size),
-        *(None if bias is None else bias.float().contiguous(), y, out),
+    bias = None if bias is None else bias.float().contiguous()
+    held = (data, weight.scale, weight.zero_point, bias)
+    assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in held)
+    failed = _kernel()(
+        *(x.data_ptr(), rows, length, data.data_ptr(), data.shape[1] * data.element_size(), weight.bits),
+        *(data.dtype != torch.int8, weight.scale.data_ptr()),
+        *(0 if weight.scale.shape[0] < out else weight.scale.shape[1], weight.move),
+        *(None if weight.zero_point is None else weight.zero_point.data_ptr(), groups),
+        *(length if groups == 1 else weight.group_size, None if bias is None else bias.data_ptr(), y.data_ptr(), out),
     )
     if failed:
         raise MemoryError(f"no memory for {rows} rows of {length} inputs as integers")
     return y
+
+
+@cache
+def _kernel() -> Any:
+    """The native function with its types told once: converting sixteen arguments by hand takes as long as the product of
+    a small layer (native/library.py, `call`)."""
+    lib = native.library()
+    assert lib is not None, native.why_not()
+    number, place = c_int64, c_void_p
+    function = lib.decode
+    function.argtypes = [place, number, number, place, number, number, number, place, number, c_float, place]
+    function.argtypes += [number, number, place, place, number]
+    return function
 
 
 def by_blocks(

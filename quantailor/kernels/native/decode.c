@@ -15,36 +15,75 @@
 
 #define LARGEST 32512.0f  // 127 * 256: its upper plane still fits 8 bits
 
+// Bytes at even places, then those at odd ones: one such pass for 4 bits, two for 2 bits, three for 1 bit put a plane's
+// inputs side by side.
+static inline __attribute__((always_inline)) void evens_first(const int8_t *restrict in, int8_t *restrict out, int n) {
+    for (int i = 0; i < n / 2; i++) out[i] = in[2 * i];
+    for (int i = 0; i < n / 2; i++) out[n / 2 + i] = in[2 * i + 1];
+}
+
+// [32, 8 / bits] -> [8 / bits, 32]
+static inline __attribute__((always_inline)) void by_plane(const int8_t *in, int8_t *restrict out, int bits) {
+    int8_t one[256], two[256];
+    if (bits == 4) {
+        evens_first(in, out, 64);
+    } else if (bits == 2) {
+        evens_first(in, one, 128);
+        for (int half = 0; half < 2; half++) evens_first(one + half * 64, two + half * 64, 64);
+        for (int plane = 0; plane < 4; plane++) memcpy(out + plane * 32, two + (plane % 2 * 2 + plane / 2) * 32, 32);
+    } else {
+        evens_first(in, one, 256);
+        for (int half = 0; half < 2; half++) evens_first(one + half * 128, two + half * 128, 128);
+        for (int part = 0; part < 4; part++) evens_first(two + part * 64, one + part * 64, 64);
+        for (int plane = 0; plane < 8; plane++) {
+            memcpy(out + plane * 32, one + (plane % 2 * 4 + plane / 2 % 2 * 2 + plane / 4) * 32, 32);
+        }
+    }
+}
+
 // x [N] float32 -> what the kernel multiplies with, of one token. `high`, `low` int8 [S, V] in the order in which weights
 // are unpacked: all inputs whose weight lies in the lowest bits of a byte, then the next. At 8 bits int16 [S, V] in `high`
 // and nothing in `low`. x_scale [S]; sums float32 [S, 8]: of each lane's integers. NaN where the token is not finite.
+// Its loops are such that compilers find vectors in them: it is the part that only one thread works on.
 static inline __attribute__((always_inline)) void prepare(const float *x, int64_t n, int bits, int8_t *high, int8_t *low,
                                                           float *x_scale, float *sums) {
-    const int v = 256 / bits, a_byte = 8 / bits, lane = v / 8;
+    const int v = 256 / bits, lane = v / 8;
     const int64_t steps = (n + v - 1) / v;
     int32_t broken = 0;
     for (int64_t i = 0; i < n; i++) broken |= !(fabsf(x[i]) <= 3.402823466e38f);
     for (int64_t s = 0; s < steps; s++) {
-        float part[256] = {0}, largest = 0.0f;
-        int32_t k[256];
-        if (!broken) memcpy(part, x + s * v, sizeof(float) * (size_t)(n - s * v < v ? n - s * v : v));
-        for (int i = 0; i < v; i++) largest = fabsf(part[i]) > largest ? fabsf(part[i]) : largest;
+        float padded[256];
+        const float *part = x + s * v;
+        int8_t upper[256], lower[256];
+        int32_t bits_of_largest = 0;  // of floats that are not negative, the larger one has the larger integer
+        float largest;
+        if (broken || n - s * v < v) {
+            memset(padded, 0, sizeof padded);
+            if (!broken) memcpy(padded, part, sizeof(float) * (size_t)(n - s * v));
+            part = padded;
+        }
+        for (int i = 0; i < v; i++) {
+            int32_t as_int;
+            memcpy(&as_int, part + i, 4);
+            as_int &= 0x7fffffff;
+            bits_of_largest = as_int > bits_of_largest ? as_int : bits_of_largest;
+        }
+        memcpy(&largest, &bits_of_largest, 4);
         float scale = largest / LARGEST, inverse = LARGEST / largest;
         if (!(largest > 0.0f) || !isfinite(inverse)) scale = inverse = 0.0f;  // nothing, or too little to divide by
+        int16_t k[256];
         for (int i = 0; i < v; i++) {
             float r = rintf(part[i] * inverse);
-            k[i] = (int32_t)(r > LARGEST ? LARGEST : r < -LARGEST ? -LARGEST : r);
+            r = r > LARGEST ? LARGEST : r;
+            k[i] = (int16_t)(int32_t)(r < -LARGEST ? -LARGEST : r);
         }
         if (bits == 8) {
-            for (int i = 0; i < v; i++) ((int16_t *)high)[s * v + i] = (int16_t)k[i];
+            memcpy(high + 2 * s * v, k, 2 * (size_t)v);
         } else {
-            for (int plane = 0; plane < a_byte; plane++) {
-                for (int b = 0; b < 32; b++) {
-                    int32_t value = k[b * a_byte + plane], l = ((value + 128) & 255) - 128;
-                    low[s * v + plane * 32 + b] = (int8_t)l;
-                    high[s * v + plane * 32 + b] = (int8_t)((value - l) >> 8);
-                }
-            }
+            for (int i = 0; i < v; i++) lower[i] = (int8_t)(((k[i] + 128) & 255) - 128);
+            for (int i = 0; i < v; i++) upper[i] = (int8_t)((k[i] - lower[i]) >> 8);
+            by_plane(lower, low + s * v, bits);
+            by_plane(upper, high + s * v, bits);
         }
         x_scale[s] = broken ? NAN : scale;
         for (int l = 0; l < 8; l++) {
