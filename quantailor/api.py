@@ -25,6 +25,7 @@ from quantailor.verbs.adapters import (
     set_adapter,
 )
 from quantailor.verbs.auto_qat import search
+from quantailor.verbs.benching import Bench, bench
 from quantailor.verbs.converting import convert
 from quantailor.verbs.exporting import export
 from quantailor.verbs.fitting import FitResult, fit
@@ -45,6 +46,7 @@ from quantailor.verbs.sensitivity import Sensitivity, sensitivity
 from quantailor.verbs.training import train, train_folder
 
 __all__ = [
+    "Bench",
     "FitResult",
     "FoundArchitecture",
     "Goal",
@@ -70,6 +72,7 @@ __all__ = [
     "add_adapter",
     "adequacy",
     "as_model",
+    "bench",
     "check",
     "convert",
     "environment",

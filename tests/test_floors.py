@@ -29,6 +29,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 INNER_IMPORTS = {
     "quantailor.__init__": "the verbs are looked up on first use, so that importing the package costs nothing",
     "quantailor.data.sources": "datasets is an extra, and slow to import",
+    "quantailor.formats.engines": "onnxruntime and openvino are extras",
     "quantailor.formats.gguf": "gguf is an extra",
     "quantailor.searching.shared_study": "optuna is an extra",
     "quantailor.verbs.harness": "lm-eval is an extra, and slow to import",

@@ -18,6 +18,7 @@ import typer
 
 import quantailor
 from quantailor.cli import options
+from quantailor.cli.bench import bench
 from quantailor.cli.calibration import calibration
 from quantailor.cli.check import check
 from quantailor.cli.convert import convert
@@ -68,6 +69,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": sensitivity,
     "inventory": inventory,
     "generate": generate,
+    "bench": bench,
     "calibration": calibration,
     "schemes": schemes,
     "demo": demo,

@@ -99,8 +99,8 @@ def decode_linear(x_TN: Tensor, weight: StoredWeight, bias: Tensor | None = None
 
 @cache
 def _kernel() -> Any:
-    """The native function with its types told once: converting sixteen arguments by hand takes as long as the product of
-    a small layer (native/library.py, `call`)."""
+    """The native function with its types told once: converting sixteen arguments by hand takes as long as the product
+    of a small layer (native/library.py, `call`)."""
     lib = native.library()
     assert lib is not None, native.why_not()
     number, place = c_int64, c_void_p
