@@ -149,9 +149,9 @@ def _product(layer: QuantLinear, scheme: str, layers: int, rows: int) -> Product
         takes = "float blocks" if reason else "packed kernel"
         why = reason or f"up to {decode.MOST_ROWS} rows it reads each weight once, packed"
         ms["float blocks"] = 1e3 * seconds_of(
-            lambda: decode.by_blocks(x, packed.dequantize, packed.out_features, layer.bias)
+            lambda: decode.by_blocks(x, packed.block_maker(), packed.out_features, layer.bias)
         )
-        if held is not None and (not reason or not decode.why_not(held, 1, x.device.type)):
+        if held is not None and not decode.why_not(held, 1, x.device.type):
             ms["packed kernel"] = 1e3 * seconds_of(lambda: decode.decode_linear(x, held, layer.bias))
     return Product(scheme, packed.out_features, packed.in_features, layers, rows, takes, why, ms)
 

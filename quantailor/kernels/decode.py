@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantailor.kernels.native import library as native
+from quantailor.kernels.scratch import scratch
 from quantailor.numerics.grouping import num_groups, per_element
 
 MOST_ROWS = 8  # beyond, reading the weights once and multiplying floats is faster (docs/INFERENCE.md)
@@ -30,7 +31,8 @@ _BLOCK_BYTES = 8 * 2**20  # of float weights at a time: they stay in the caches,
 class StoredWeight:
     """A packed weight as the kernel reads it: `data` int32 words or int8 [O, ...], unsigned integers u of `bits` bits
     (at 8 bits signed where `data` is int8); `scale` float32 [O, G] or [1, 1]; w_hat = (u + move) * scale, or with
-    `zero_point` uint8 [O, G], (u - zero_point) * scale. `group_size` None: one group."""
+    `zero_point` uint8 [O, G], (u - zero_point) * scale; with `levels` float32 [2^bits], levels[u] * scale. `group_size`
+    None: one group. One scale for a whole weight has no zero points of a row."""
 
     data: Tensor
     scale: Tensor
@@ -39,6 +41,7 @@ class StoredWeight:
     group_size: int | None
     move: float = 0.0
     zero_point: Tensor | None = None
+    levels: Tensor | None = None
 
     @property
     def step(self) -> int:
@@ -52,7 +55,7 @@ class StoredWeight:
 
 def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
     """Why the native kernel does not take this product; "" where it does."""
-    if weight is None:
+    if weight is None or weight.levels is not None or weight.bits not in (1, 2, 4, 8):
         return "its grid has no kernel here (it has for uniform grids of 1, 2, 4 and 8 bits)"
     if rows > MOST_ROWS:
         return f"{rows} rows: beyond {MOST_ROWS} a product of floats is faster"
@@ -108,6 +111,24 @@ def _kernel() -> Any:
     function.argtypes = [place, number, number, place, number, number, number, place, number, c_float, place]
     function.argtypes += [number, number, place, place, number]
     return function
+
+
+def rows_as_floats(weight: StoredWeight, rows: slice) -> Tensor:
+    """float32 [n, N]: some rows, the same bits as numerics/grids.py gives. Needs the native library.
+
+    Valid until the next call of this thread: the memory is used again.
+    """
+    data, scale, zero = weight.data[rows], weight.scale, weight.zero_point
+    stride = 0 if scale.shape[0] == 1 else scale.shape[1]
+    scale = scale[rows] if stride else scale
+    zero = zero if zero is None or not stride else zero[rows]
+    y = scratch("rows as floats", (data.shape[0], weight.in_features), torch.float32, data.device)
+    sizes = (data.shape[0], weight.in_features, data.shape[1] * data.element_size(), weight.bits)
+    moves = (scale.contiguous(), stride, float(weight.move), zero, weight.levels)
+    groups = (weight.groups, weight.in_features if weight.groups == 1 else weight.group_size)
+    if native.call("dequantize_rows", data, *sizes, int(data.dtype != torch.int8), *moves, *groups, y):
+        raise MemoryError(f"no memory to unpack rows of {weight.in_features} weights")
+    return y
 
 
 def by_blocks(

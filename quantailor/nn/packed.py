@@ -7,6 +7,8 @@ G groups a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantailor.kernels import decode
-from quantailor.kernels.decode import StoredWeight
+from quantailor.kernels.decode import StoredWeight, rows_as_floats
+from quantailor.kernels.native import library as native
 from quantailor.kernels.operators import opaque
 from quantailor.kernels.ops import IntegerInput, IntegerWeight, has_integer_product, int_linear
 from quantailor.nn.activation_quantizer import fake_quantized_activation, gradient_carrier, quantize_activation
@@ -182,18 +185,30 @@ class PackedWeight(nn.Module):
         return torch.full_like(self.scales(), offset) if offset else None
 
     def stored(self) -> StoredWeight | None:
-        """As a kernel for packed weights reads it; None for what such kernels do not know: NF4, bits that straddle
-        words, listed groups."""
+        """As kernels for packed weights read it; None for what they do not know: listed groups."""
         grid = self.spec.grid
-        if isinstance(grid, NF4) or self.spec.is_indexed or grid.bits not in (1, 2, 4, 8):
+        if self.spec.is_indexed:
             return None
-        buffers = dict(self.named_buffers())
+        buffers = dict(self._buffers)
+        if isinstance(grid, NF4):
+            levels = torch.tensor(nf4.LEVELS)
+            return StoredWeight(
+                buffers["words"], self.scales(), 4, self.in_features, self.spec.group_size, 0.0, None, levels
+            )
         if self.is_int8:
             return StoredWeight(buffers["q"], buffers["scale"], 8, self.in_features, self.spec.group_size)
         move = 0.0 if self.is_asymmetric else grids.lowest(grid) + grids.limits(grid)[2]
         zero = buffers.get("zero_point")
         scale = buffers["scale"]
         return StoredWeight(buffers["words"], scale, grid.bits, self.in_features, self.spec.group_size, move, zero)
+
+    def block_maker(self) -> Callable[[slice], Tensor]:
+        """Rows -> float32 [n, N]: `dequantize` by native code where there is any, into memory that is used again."""
+        stored = self.stored()
+        one_for_all = stored is not None and stored.zero_point is not None and stored.scale.shape[0] == 1
+        if stored is None or one_for_all or stored.data.device.type != "cpu" or native.library() is None:
+            return self.dequantize
+        return partial(rows_as_floats, stored)
 
     def grid_rows(self, rows: slice) -> IntegerWeight:
         """Some rows as the integer product takes them."""
@@ -280,7 +295,7 @@ class QuantLinear(_Quant):
     def _served(self, x: Tensor) -> Tensor:
         rows_TN, weight = x.reshape(-1, self.in_features), self.packed.stored()
         if decode.why_not(weight, rows_TN.shape[0], x.device.type):
-            y = decode.by_blocks(rows_TN, self.packed.dequantize, self.out_features, self.bias)
+            y = decode.by_blocks(rows_TN, self.packed.block_maker(), self.out_features, self.bias)
         else:
             assert weight is not None
             y = decode.decode_linear(rows_TN, weight, self.bias).to(x.dtype)

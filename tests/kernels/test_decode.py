@@ -8,8 +8,10 @@ import torch
 from quantailor.kernels import decode
 from quantailor.kernels.decode import StoredWeight, by_blocks, decode_linear, decode_reference, why_not
 from quantailor.kernels.native import library as native
+from quantailor.nn.packed import packed
 from quantailor.numerics.grouping import num_groups, per_element
 from quantailor.numerics.packing import pack
+from tests.nn.layers import linear, quantized
 
 SIZES = [(1, 64, 3, None), (1, 100, 5, 32), (3, 257, 17, 32), (2, 2048, 9, 32), (8, 640, 33, 64), (4, 1000, 7, 128)]
 SIZES += [(1, 1, 1, None), (5, 256, 2, 256), (2, 300, 4, 32), (1, 31, 3, 64), (2, 96, 6, 8), (2, 513, 3, 16)]
@@ -152,3 +154,17 @@ def test_blocks_are_the_float_product(shape):
     y = by_blocks(x, dequantize, rows, bias)
     assert torch.allclose(y, x @ w.t() + bias, rtol=1e-4, atol=1e-2)
     assert [p.start for p in seen[1:]] == [p.stop for p in seen[:-1]] and seen[-1].stop == rows
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiler: there is no kernel to test")
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a16-g32-asym", "w5a16-g32", "w4a16-g32", "w4a16-g32-asym", "w3a16-g32"])
+@pytest.mark.parametrize("more", ["nf4", "nf4-dq", "w2a16-g32-balanced", "w1.58a16-g32", "w1a16-g32", "w4a16"])
+@pytest.mark.parametrize("length", [100, 64])
+def test_rows_become_the_floats_of_their_grid(scheme, more, length):
+    for name in (scheme, more):
+        layer, x = linear(length=length)
+        packed_weight = packed(quantized(layer, name, x)).packed
+        made = packed_weight.block_maker()
+        assert made != packed_weight.dequantize
+        for rows in (slice(0, 33), slice(5, 6), slice(30, 33)):
+            assert torch.equal(made(rows), packed_weight.dequantize(rows))
