@@ -6,10 +6,11 @@
 Two models of real shapes with seeded random weights, which is right for time and memory and says nothing of quality: a
 1.1 B Llama (bench/ptq_memory.py), head quantized too, decoded at batch 1, and BERT-base, 128 tokens, batches of 1 and
 32. Each contestant is a process of its own (inference_worker.py), all are loaded first, and rounds go through them in
-turn, forwards and backwards; the first round does not count. OMP threads are bound to cores. Ratios are taken round by
-round, against float32 and (decoding) llama.cpp. TORCHAO and OPENVINO are folders to import these from, VENV has
-llama-cpp-python; what is not given, or fails, stands in the result as not measured, with the reason. A table, then one
-JSON line.
+turn, forwards and backwards; the first round does not count. Where others work beside, a second says little: tokens a
+CPU second are beside tokens a second, and mean most with --threads 1. Several OMP threads are bound to cores. Ratios
+are taken round by round, against float32 and (decoding) llama.cpp. TORCHAO and OPENVINO are folders to import these
+from, VENV has llama-cpp-python; what is not given, or fails, stands in the result as not measured, with the reason. A
+table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from quantailor.models.prepare import pack_model, prepare
 from quantailor.verbs.quantizing import recipe_for
 
 WORKER = Path(__file__).with_name("inference_worker.py")
+BERT_KEYS = ("batch 1", "batch 32", "batch 1_cpu", "batch 32_cpu")
 LM_SCHEMES = ("w4a16-g32", "w8a16")
 NOT_HERE = {
     "AMX and AVX-512 kernels": "this machine has AVX2 alone",
@@ -78,10 +80,10 @@ def bert(work: Path) -> dict[str, Path]:
 class Contestant:
     """A worker that waits for its turn."""
 
-    def __init__(self, name: str, python: str, kind: str, place: Path, env: dict[str, str]) -> None:
+    def __init__(self, name: str, python: str, kind: str, place: Path, env: dict[str, str], tokens: int):
         self.name, self.rounds, self.failed = name, [], ""
         self.process = subprocess.Popen(
-            [python, str(WORKER), kind, str(place)],
+            [python, str(WORKER), kind, str(place), "--tokens", str(tokens)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env,
         )  # fmt: skip
         self.loaded = self._answer()
@@ -107,12 +109,12 @@ class Contestant:
         self.process.wait()
 
 
-def compare(contestants: list[tuple], rounds: int, keys: tuple[str, ...]) -> dict[str, dict]:
+def compare(contestants: list[tuple], rounds: int, keys: tuple[str, ...], tokens: int) -> dict[str, dict]:
     """Name -> loading, memory, and each key's median and spread; failures with their reason."""
     running, found = [], {}
     try:
         for name, *rest in contestants:
-            one = Contestant(name, *rest)
+            one = Contestant(name, *rest, tokens)
             running.append(one)
             print(f"loaded {name}" if not one.failed else f"{name} failed: {one.failed}", flush=True)
         for turn in range(rounds + 1):
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=16, help="new ones of a language model a round")
     parser.add_argument("--work", type=Path, default=None, help="where models are made and kept")
     parser.add_argument("--torchao", default="")
     parser.add_argument("--llamacpp", default="")
@@ -168,7 +171,7 @@ def main() -> None:
     place = tempfile.TemporaryDirectory() if o.work is None else None
     work = Path(place.name) if place else o.work
     env = {"BENCH_THREADS": str(o.threads), "OMP_NUM_THREADS": str(o.threads), "TOKENIZERS_PARALLELISM": "false"}
-    bound = env | {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    bound = env | ({"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} if o.threads > 1 else {})
     ours, load_before = sys.executable, os.getloadavg()
     models: dict[str, dict] = {}
     left_out = dict(NOT_HERE)
@@ -194,9 +197,9 @@ def main() -> None:
             contestants.append(("llama.cpp Q4_0", o.llamacpp, "llamacpp", file, env))
         else:
             left_out["llama.cpp Q4_0"] = "not given"
-        found = compare(contestants, o.rounds, ("prefill", "decode"))
+        found = compare(contestants, o.rounds, ("prefill", "decode", "prefill_cpu", "decode_cpu"), o.tokens)
         for base in ("torch float32", "llama.cpp Q4_0"):
-            for key in ("prefill", "decode"):
+            for key in ("prefill", "decode", "decode_cpu"):
                 against(found, base, key)
         models["llama-1.1b"] = found
     if o.only != "lm":
@@ -211,8 +214,8 @@ def main() -> None:
             contestants.append(("quantailor w8a8 in OpenVINO", ours, "bert-openvino", places["onnx"], env | ov))
         else:
             left_out["OpenVINO"] = "not given"
-        found = compare(contestants, o.rounds, ("batch 1", "batch 32"))
-        for key in ("batch 1", "batch 32"):
+        found = compare(contestants, o.rounds, BERT_KEYS, o.tokens)
+        for key in BERT_KEYS:
             against(found, "torch float32", key)
         models["bert-base"] = found
     torch.set_num_threads(o.threads)
@@ -222,6 +225,7 @@ def main() -> None:
         if "decode" in row and size:
             row["bytes_a_token"] = size
             row["share_of_limit"] = row["decode"]["median"] * size / 1e9 / gb_per_s
+            row["gb_per_cpu_second"] = row["decode_cpu"]["median"] * size / 1e9
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=WORKER.parent)
     document = {
         "question": "inference of packed models beside float, other engines and other tools",

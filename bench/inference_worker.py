@@ -16,12 +16,26 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 
 def memory(field: str) -> int:
     """Bytes: VmRSS now, VmHWM at most since the process began."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def rates(times: list[tuple[float, float]], prompt: int) -> dict[str, float]:
+    """Tokens a second and tokens a CPU second, of the prompt and of what follows; `times`: start, then each token."""
+    found = {}
+    for place, of in enumerate(("", "_cpu")):
+        t = [pair[place] for pair in times]
+        found |= {f"prefill{of}": prompt / (t[1] - t[0]), f"decode{of}": (len(t) - 2) / (t[-1] - t[1])}
+    return found
 
 
 def read_seconds(files: list[Path]) -> float:
@@ -52,14 +66,14 @@ def llamacpp(file: Path, prompt: int, tokens: int) -> tuple[Callable, Callable]:
 
     def go(llm):
         llm.reset()
-        start = time.perf_counter()
+        times = [now()]
         llm.eval(list(range(3, 3 + prompt)))
-        first = time.perf_counter()
-        token = 5
+        times.append(now())
         for _ in range(tokens - 1):
-            llm.eval([token])
-            token = int(np.argmax(llm.scores[llm.n_tokens - 1, :])) if llm.scores.shape[0] > 1 else 5
-        return {"prefill": prompt / (first - start), "decode": (tokens - 1) / (time.perf_counter() - first)}
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llm.ctx), shape=(llm.n_vocab(),))
+            llm.eval([int(np.argmax(logits))])
+            times.append(now())
+        return rates(times, prompt)
 
     return load, go
 
@@ -69,7 +83,8 @@ def language_model(kind: str, folder: Path, prompt: int, tokens: int) -> tuple[C
 
     torch.set_num_threads(int(os.environ["BENCH_THREADS"]))
     from quantailor import api
-    from quantailor.evaluate.speed import bytes_a_token, generation_speed, serving_speed
+    from quantailor.evaluate.speed import bytes_a_token, generation_times
+    from quantailor.models.serving import serving
 
     ids = torch.arange(3, 3 + prompt)[None]
 
@@ -85,10 +100,10 @@ def language_model(kind: str, folder: Path, prompt: int, tokens: int) -> tuple[C
         return model
 
     def go(model):
-        with torch.inference_mode():
-            measure = serving_speed if kind == "ours" else generation_speed
-            prefill, decode = measure(model, ids, tokens)
-        return {"prefill": prefill, "decode": decode, "bytes_a_token": bytes_a_token(model)}
+        with torch.inference_mode(), serving(model) if kind == "ours" else nullcontext():
+            times = generation_times(model, ids, tokens)
+        size = {} if kind.startswith("torchao") else {"bytes_a_token": bytes_a_token(model)}  # subclasses hide theirs
+        return rates(times, prompt) | size
 
     return load, go
 
@@ -122,8 +137,6 @@ def encoder(kind: str, folder: Path, batches: tuple[int, ...], tokens: int) -> t
         return api.load(folder).model.eval()
 
     def go(model):
-        from contextlib import nullcontext
-
         from quantailor.models.serving import serving
 
         found = {}
@@ -132,10 +145,11 @@ def encoder(kind: str, folder: Path, batches: tuple[int, ...], tokens: int) -> t
             given["token_type_ids"] = torch.zeros_like(ids[:batch])
             with torch.inference_mode(), serving(model) if kind == "bert-ours" else nullcontext():
                 repeats = 3 if batch == 1 else 1
-                start = time.perf_counter()
+                start = now()
                 for _ in range(repeats):
                     model(given) if callable(getattr(model, "generation_speed", None)) else model(**given)
-            found[f"batch {batch}"] = batch * repeats / (time.perf_counter() - start)
+            wall, cpu = (b - a for a, b in zip(start, now()))
+            found |= {f"batch {batch}": batch * repeats / wall, f"batch {batch}_cpu": batch * repeats / cpu}
         return found
 
     return load, go

@@ -73,13 +73,13 @@ def bytes_a_token(model: nn.Module) -> int:
 
 
 class _Clock(BaseStreamer):
-    """The time at which generation started, and that of each token."""
+    """(Time, this process's CPU time) at which generation started, and of each token."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
 
     def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append((time.perf_counter(), time.process_time()))
 
     def end(self) -> None:
         pass
@@ -87,6 +87,12 @@ class _Clock(BaseStreamer):
 
 def generation_speed(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """(tokens a second of the prompt, of what follows it), as `generate` makes them with a static cache."""
+    times = [wall for wall, _ in generation_times(model, prompt, new_tokens)]
+    return prompt.numel() / (times[1] - times[0]), (len(times) - 2) / (times[-1] - times[1])
+
+
+def generation_times(model: Any, prompt: Tensor, new_tokens: int) -> list[tuple[float, float]]:
+    """(Seconds, CPU seconds of this process) at the start and at each new token."""
     clock = _Clock()
     model.generate(
         input_ids=prompt,
@@ -98,8 +104,7 @@ def generation_speed(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float
         cache_implementation="static",
         streamer=clock,
     )
-    start, first, *_ = clock.times
-    return prompt.numel() / (first - start), (len(clock.times) - 2) / (clock.times[-1] - first)
+    return clock.times
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ class PackedWeight(nn.Module):
         grid = self.spec.grid
         if self.spec.is_indexed:
             return None
-        buffers = dict(self._buffers)
+        buffers = {name: b for name, b in self._buffers.items() if b is not None}
         if isinstance(grid, NF4):
             levels = torch.tensor(nf4.LEVELS)
             return StoredWeight(

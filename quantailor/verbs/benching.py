@@ -132,7 +132,8 @@ def bench(
         runs: dict[str, Callable[[], _Rates]] = {OURS: _torch_run(ready, prompt_tokens, new_tokens, batches, True)}
         sizes = {OURS: speed.bytes_a_token(ready.model)}
         if with_float:
-            plain = dataclasses.replace(ready, model=dequantize_model(copy.deepcopy(ready.model)))
+            plain = dataclasses.replace(ready, model=copy.deepcopy(ready.model))
+            dequantize_model(plain.model)
             runs[FLOAT] = _torch_run(plain, prompt_tokens, new_tokens, batches, False)
             sizes[FLOAT] = speed.bytes_a_token(plain.model)
         else:
