@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from render_exports import export_table
+from render_inference import inference_table
 
 from quantailor.demo import table
 
@@ -268,6 +269,7 @@ def main() -> None:
         "savers": savers_table,
         "mobilenet": mobilenet_table,
         "formats": export_table,
+        "inference": lambda: inference_table(read("inference")),
         "routes": routes_table,
     }
     for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md", "docs/FORMATS.md"):
