@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -43,9 +43,11 @@ from quantailor.numerics.grids import can_be_negative
 from quantailor.points import PointEntry
 from quantailor.recipe import Entry, Inventory
 from quantailor.spec import Scheme, from_json, to_json
+from quantailor.store.header import read_header
 from quantailor.store.jsonio import read_json, write_json
 from quantailor.store.manifest import verify, write_manifest
 from quantailor.store.publish import recover
+from quantailor.store.tensors import read_tensor
 from quantailor.store.untrusted import check_finite, scan_model_folder
 
 RECEIPT = "quantailor.json"
@@ -393,13 +395,13 @@ def _scheme(text: str, entries: list[Entry]) -> Scheme:
 
 
 def read_tensors(paths: tuple[Path, ...]) -> dict[str, Tensor]:
-    """Every tensor of some safetensors files, by name. Raises: UntrustedInput if one cannot be read."""
+    """Every tensor of some safetensors files, by name, each in memory of its own: a mapped file would stay in memory as
+    long as one tensor lives, beside those that were made anew of it. Raises: UntrustedInput if one cannot be read."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            tensors |= {name: read_tensor(fact) for name, fact in read_header(path).items()}
+        except OSError as error:
             raise UntrustedInput(f"{path} cannot be read: {error}") from error
     return tensors
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantailor.models.experts import experts_of
-from quantailor.numerics.packing import pack, unpack
+from quantailor.numerics.packing import pack, words_per_row
 from quantailor.recipe import Inventory, in_features
 from quantailor.spec import Int, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
@@ -192,7 +192,11 @@ def from_compressed_tensors(name: str, stored: Mapping[str, Tensor], scheme: Sch
         raise ValueError(f"{name}: weight_shape says {rows} rows, weight_packed has {words.shape[0]}")
     assert scheme.weight is not None
     if scheme.weight.grid.bits == 8:
-        return {"q": (unpack(words, 8, length).to(torch.int16) - 128).to(torch.int8), "scale": scale}
+        if words.shape[1] != words_per_row(length, 8):
+            raise ValueError(f"{name}: {words.shape[1]} words a row do not hold {length} values of 8 bits")
+        # u - 128 in 8 bits is u with its highest bit turned; `unpack` would need five times the memory on its way.
+        bytes_ = words.contiguous().view(torch.uint8) ^ 128
+        return {"q": bytes_.view(torch.int8)[:, :length].contiguous(), "scale": scale}
     return {"words": words, "scale": scale}
 
 

@@ -33,12 +33,12 @@ def serving(model: nn.Module) -> Iterator[list[Choice]]:
     """Products by shape while it lasts; yields what few rows take, a line a kind of layer."""
     layers = [m for _, m in modules_of(model, QuantLinear) if not m.serves]
     for layer in layers:
-        layer.serves = True
+        layer.serves, layer.held = True, layer.packed.stored()
     try:
         yield choices(model)
     finally:
         for layer in layers:
-            layer.serves = False
+            layer.serves, layer.held = False, None
 
 
 def choices(model: nn.Module) -> list[Choice]:

@@ -262,6 +262,7 @@ class QuantLinear(_Quant):
     """
 
     serves = False  # whether products are chosen by shape (models/serving.py)
+    held: StoredWeight | None = None  # meanwhile: the packed weight as kernels read it, found once and not at each call
 
     @property
     def in_features(self) -> int:
@@ -293,7 +294,7 @@ class QuantLinear(_Quant):
         return self._out(int_linear(x_int, grid, self.bias, dtype=output_dtype(x)))
 
     def _served(self, x: Tensor) -> Tensor:
-        rows_TN, weight = x.reshape(-1, self.in_features), self.packed.stored()
+        rows_TN, weight = x.reshape(-1, self.in_features), self.held
         if decode.why_not(weight, rows_TN.shape[0], x.device.type):
             y = decode.by_blocks(rows_TN, self.packed.block_maker(), self.out_features, self.bias)
         else:

@@ -125,7 +125,16 @@ static inline __m256i sums_of_step(__m256i w, const int8_t *high, const int8_t *
         h = _mm256_add_epi16(h, _mm256_maddubs_epi16(u, _mm256_loadu_si256((const __m256i *)(high + plane * 32))));
         l = _mm256_add_epi16(l, _mm256_maddubs_epi16(u, _mm256_loadu_si256((const __m256i *)(low + plane * 32))));
     }
-    return _mm256_add_epi32(_mm256_slli_epi32(_mm256_madd_epi16(h, ones), 8), _mm256_madd_epi16(l, ones));
+    return _mm256_add_epi32(_mm256_madd_epi16(h, _mm256_set1_epi16(256)), _mm256_madd_epi16(l, ones));
+}
+
+// a + b * c, rounded once where the processor can: no other path has to give the same bits.
+static inline __m256 plus_product(__m256 a, __m256 b, __m256 c) {
+#if defined(__FMA__)
+    return _mm256_fmadd_ps(b, c, a);
+#else
+    return _mm256_add_ps(a, _mm256_mul_ps(b, c));
+#endif
 }
 
 static inline float total(__m256 v) {
@@ -177,8 +186,8 @@ static inline __attribute__((always_inline)) void one_row(const job *j, int64_t 
                 if (has_zeros) move = _mm256_set1_ps(-(float)*zero);
                 if (++within == j->many) within = 0, scale++, zero += has_zeros;
             }
-            d = _mm256_add_ps(d, _mm256_mul_ps(move, _mm256_loadu_ps(sums + s * 8)));
-            sum = _mm256_add_ps(sum, _mm256_mul_ps(d, _mm256_mul_ps(of_w, _mm256_broadcast_ss(x_scale + s))));
+            d = plus_product(d, move, _mm256_loadu_ps(sums + s * 8));
+            sum = plus_product(sum, d, _mm256_mul_ps(of_w, _mm256_broadcast_ss(x_scale + s)));
         }
         j->y[t * j->out + o] = total(sum) + (j->bias ? j->bias[o] : 0.0f);
     }
