@@ -2,12 +2,12 @@
 
     python bench/auto_qat.py [--out bench/results/auto_qat.json] [--steps 12] [--seeds 0 1 2]
 
-stories260k, windows of 32 tokens of TinyStories, short runs: the search is compared with the grid. The grid: bits
-(4, 3, or --bits) x groups 32, 64 x learned or fixed scales x three learning rates = 24 recipes, each trained to its end, all on the
-same start (PTQ once a scheme) and the same seed. The limit on the latency (predicted from bytes at 1 GB/s, so that load
-on the machine does not decide) leaves w4a16-g32 out. Then, each with a new study: the verb, once, which has to keep
-three budgets (accuracy, latency, minutes: 40 % of the grid's), and the search alone, with other seeds of its sampler,
-ended by 35 % of the grid's processor seconds.
+stories260k, windows of 32 tokens of TinyStories, short runs: the search is compared with the grid. The grid: bits (4,
+3, or --bits) x groups 32, 64 x learned or fixed scales x three learning rates = 24 recipes, each trained to its end,
+all on the same start (PTQ once a scheme) and the same seed. The limit on the latency (predicted from bytes at 1 GB/s,
+so that load on the machine does not decide) leaves the dearest scheme out. Then, each with a new study: the verb,
+once, which has to keep three budgets (accuracy, latency, minutes: 40 % of the grid's), and the search alone, with
+other seeds of its sampler, ended by 35 % of the grid's processor seconds.
 
 Regret: perplexity of what the search chose over that of the grid's best within the limits, less 1. `choosing` is on the
 rows that recipes are compared on, from the grid's own figure of that recipe; `judged` on the validation text: what
