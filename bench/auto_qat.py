@@ -2,12 +2,12 @@
 
     python bench/auto_qat.py [--out bench/results/auto_qat.json] [--steps 12] [--seeds 0 1 2]
 
-stories260k, windows of 32 tokens of TinyStories, short runs: the search is compared with the grid. The grid: bits
-4, 3 x groups 32, 64 x learned or fixed scales x three learning rates = 24 recipes, each trained to its end, all on the
-same start (PTQ once a scheme) and the same seed. The limit on the latency (predicted from bytes at 1 GB/s, so that load
-on the machine does not decide) leaves w4a16-g32 out. Then, each with a new study: the verb, once, which has to keep
-three budgets (accuracy, latency, minutes: 40 % of the grid's), and the search alone, with other seeds of its sampler,
-ended by 35 % of the grid's processor seconds.
+stories260k, windows of 32 tokens of TinyStories, short runs: the search is compared with the grid. The grid: bits (4,
+3, or --bits) x groups 32, 64 x learned or fixed scales x three learning rates = 24 recipes, each trained to its end,
+all on the same start (PTQ once a scheme) and the same seed. The limit on the latency (predicted from bytes at 1 GB/s,
+so that load on the machine does not decide) leaves the dearest scheme out. Then, each with a new study: the verb,
+once, which has to keep three budgets (accuracy, latency, minutes: 40 % of the grid's), and the search alone, with
+other seeds of its sampler, ended by 35 % of the grid's processor seconds.
 
 Regret: perplexity of what the search chose over that of the grid's best within the limits, less 1. `choosing` is on the
 rows that recipes are compared on, from the grid's own figure of that recipe; `judged` on the validation text: what
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,20 @@ DATA = Path(os.environ.get("QUANTAILOR_DATA", Path(__file__).parents[2] / "share
 CONTEXT, ROWS, CHOOSING, JUDGING, SAMPLES = 32, 3000, 64, 200, 32
 
 
-def space_of(steps: int) -> Space:
+def space_of(steps: int, bits: Sequence[int]) -> Space:
     rates = (0.3, 1.0, 3.0)
-    return Space(bits=(4, 3), group=(32, 64), learning_rate=rates, steps=(steps,), frozen=(0.0,))
+    return Space(bits=tuple(bits), group=(32, 64), learning_rate=rates, steps=(steps,), frozen=(0.0,))
 
 
 class Document:
     """The result file, written after every measurement."""
 
-    def __init__(self, path: Path | None, steps: int) -> None:
+    def __init__(self, path: Path | None, steps: int, bits: list[int]) -> None:
         self.path = path
         held = json.loads(path.read_text()) if path and path.exists() else {}
-        same = held.get("steps") == steps
-        self.data: dict[str, Any] = held if same else {"steps": steps, "grid": [], "searches": [], "verb": None}
+        same = held.get("steps") == steps and held.get("bits", [4, 3]) == bits
+        new = {"steps": steps, "bits": bits, "grid": [], "searches": [], "verb": None}
+        self.data: dict[str, Any] = held if same else new
 
     def write(self, **more: Any) -> None:
         commit = ["git", "rev-parse", "--short", "HEAD"]
@@ -72,8 +74,8 @@ class Document:
 
 
 class Bench:
-    def __init__(self, steps: int, document: Document) -> None:
-        self.space, self.document = space_of(steps), document
+    def __init__(self, steps: int, bits: list[int], document: Document) -> None:
+        self.space, self.document = space_of(steps, bits), document
         self.model = load(DATA / "models" / "stories260k")
         text = DATA / "text" / "tinystories"
         self.train = examples_for(self.model, text / "train.txt", context=CONTEXT, limit=ROWS)
@@ -215,12 +217,13 @@ def _value(reference: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--bits", type=int, nargs=2, default=[4, 3], help="the grid's two widths")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    document = Document(options.out, options.steps)
-    bench = Bench(options.steps, document)
+    document = Document(options.out, options.steps, options.bits)
+    bench = Bench(options.steps, options.bits, document)
     grid = bench.grid()
     limits = bench.limits(grid)
     document.write(limits={"loss": limits.loss, "latency_ms": limits.cost})

@@ -417,11 +417,5 @@ def command(
     if way in ("hybrid", "qat"):
         goal = f"--tolerance {tolerance:g} --steps {max(4, steps)}"
         return f"quantailor fit {folder} --data {text} --scheme {scheme} {goal} {out}{device}"
-    extra = {"lora-qat": " --lora 16", "progressive": f" --stages {_stages(scheme)}", "scratch": " --from-scratch"}[way]
+    extra = {"lora-qat": " --lora 16", "scratch": " --from-scratch"}[way]
     return f"quantailor train {folder} --data {text} --scheme {scheme} --steps {steps}{extra} {out}{device}"
-
-
-def _stages(scheme: Scheme) -> str:
-    assert scheme.weight is not None
-    bits = scheme.weight.grid.bits
-    return ",".join(map(str, [b for b in (8, 4) if b > bits] + [bits]))

@@ -79,7 +79,7 @@ def test_the_decision_knows_the_plan(tmp_path):
     path = folder(tmp_path, "llama")
     assert plan(path, "w8a8", data=5000, hardware="A100").decision.way == "ptq"
     deep = plan(path, "w2a16-g32", data=5000, hardware="A100")
-    assert deep.decision.way == "progressive" and "--stages 8,4,2" in deep.command
+    assert deep.decision.way == "qat" and "--scheme w2a16" in deep.command
     poor = plan(path, "w2a16-g32", data=5000, hardware="A100", budget=0.0)
     assert poor.decision.leaf == "no money" and "budget" in poor.why_not("qat")
     scratch = plan(path, "w8a8", data=5000, hardware="A100", pretrained=False)
