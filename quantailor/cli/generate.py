@@ -26,14 +26,19 @@ def generate(
     some 1e-4 of the largest, so that now and then another word may follow.
     """
     from quantailor import api
+    from quantailor.models.serving import choices
 
+    ready = api.load(model)
+    for choice in [] if reference else choices(ready.model):
+        if choice.few_rows == "float blocks":
+            typer.echo(f"{choice.layers} layers of {choice.scheme} run on float blocks: {choice.why}", err=True)
     shown: list[str] = []
 
     def say(text: str) -> None:
         shown.append(text)
         typer.echo(text if len(shown) > 1 else prompt + text, nl=False)
 
-    text = api.generate(model, prompt, max_new_tokens=max_new_tokens, fast=not reference, on_text=None if json else say)
+    text = api.generate(ready, prompt, max_new_tokens=max_new_tokens, fast=not reference, on_text=None if json else say)
     if json:
         o.show({"prompt": prompt, "text": text, "max_new_tokens": max_new_tokens, "reference": reference}, text, json)
     else:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from quantailor import api, demo
+from quantailor.kernels.native import library as native
 from quantailor.store.manifest import verify
 from tests.cli.shell import Ran, shell, untouched
 from tests.formats.making import bytes_of, edited, texts
@@ -229,6 +230,17 @@ def test_generate(tiny_lm, w8a8):
         document = shell("generate", folder, "--prompt", "the cat", "--max-new-tokens", 4, "--json").document
         assert document["text"].startswith("the cat") and document["prompt"] == "the cat"
         assert shell("generate", folder, "--prompt", "the cat", "--max-new-tokens", 4).out == document["text"] + "\n"
+
+
+def test_generate_says_what_it_runs_on_without_native_code(tiny_lm, tmp_path, monkeypatch):
+    api.save(
+        api.quantize(tiny_lm, "w4a16-g32", data=texts(8, seed=1), samples=4, context=32, method="rtn"), tmp_path / "w4"
+    )
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "why_not", lambda: "no C compiler was found")
+    ran = shell("generate", tmp_path / "w4", "--prompt", "the cat", "--max-new-tokens", 2)
+    assert ran.status == 0 and "layers of w4a16-g32 run on float blocks: no C compiler was found" in ran.err
+    assert shell("generate", tmp_path / "w4", "--prompt", "the cat", "--max-new-tokens", 2, "--reference").err == ""
 
 
 def test_schemes():
