@@ -73,7 +73,7 @@ def test_the_commands_are_those_of_the_design():
             "convert",
             "report",
         ),
-        *("search", "nas", "sensitivity", "inventory", "generate", "calibration", "schemes", "demo"),
+        *("search", "nas", "sensitivity", "inventory", "generate", "bench", "calibration", "schemes", "demo"),
     ] == COMMANDS
 
 
