@@ -44,7 +44,7 @@ CELLS = (  # model, scheme, rows, tokens a row
     ("stories260k", "w8a8-static", 8, 64),
     ("tinystories-llama-4m", "w4a16-g32", 2, 128),
 )
-EVERY, PERIODS = 10, 1
+EVERY, PERIODS = 10, 4
 MOST = 1.05
 
 
