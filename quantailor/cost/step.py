@@ -1,6 +1,6 @@
 """One training step of a planned model: what runs and what lives, from a trace of a few of its blocks.
 
-A model's repeated blocks are grouped by their shapes. The step is traced with two blocks of each group and once more
+A model's repeated blocks are grouped by their shapes. The step is traced with a block of each group and once more
 with two further ones; operators and peaks are linear in the number of blocks, so the whole model follows. The peak is
 followed apart in each phase, and in each half of backward, since another of them is the highest in a deep model.
 """
@@ -30,8 +30,10 @@ from quantailor.spec import QuantSpec, Scheme
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (student [n, V], teacher [n, V]) -> 0-d
 Group = tuple[str, str]  # (prefix of a list of blocks, signature of its blocks)
-_BASE, _MORE = 2, 2  # blocks of a kind that are traced, and how many more the second time: even, so that half of
-# backward ends between two blocks in both
+_BASE, _MORE = 1, 2  # blocks of a kind that are traced, and how many more the second time: an even number, so that
+# half of backward ends in both as far into a block. A forward pass alone, which takes little, is traced from
+# _FORWARD blocks on: where nothing is saved, the first block's peak may be another than the later ones'.
+_FORWARD = 2
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def trace_step(
     """
     notes: list[str] = []
     groups = _groups(plan.model)
-    base = {key: min(len(members), _BASE) for key, members in groups.items()}
-    with _shortened(plan.model, groups, dict.fromkeys(groups, _BASE + _MORE)):
+    fewest = _BASE if train else _FORWARD
+    base = {key: min(len(members), fewest) for key, members in groups.items()}
+    with _shortened(plan.model, groups, dict.fromkeys(groups, fewest + _MORE)):
         model = copy.deepcopy(plan.model)
         teacher = copy.deepcopy(plan.model) if distance is not None else None
     with FakeTensorMode():
