@@ -57,6 +57,8 @@ def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
     """Why the native kernel does not take this product; "" where it does."""
     if weight is None or weight.levels is not None or weight.bits not in (1, 2, 4, 8):
         return "its grid has no kernel here (it has for uniform grids of 1, 2, 4 and 8 bits)"
+    if weight.zero_point is not None and weight.zero_point.shape[0] < weight.data.shape[0]:
+        return "one zero point for the whole weight has no kernel here; a row or a group of its own has"
     if rows > MOST_ROWS:
         return f"{rows} rows: beyond {MOST_ROWS} a product of floats is faster"
     if device != "cpu":

@@ -127,6 +127,12 @@ def test_one_scale_for_a_whole_weight():
     assert torch.allclose(decode_linear(x, weight), x @ (u * 0.03).t(), atol=1e-3)
 
 
+def test_one_zero_point_for_all_rows_is_not_read_as_one_a_row():
+    _, weight = drawn(4, 64, 300, None, "zero points")
+    of_all = dataclasses.replace(weight, scale=weight.scale[:1], zero_point=weight.zero_point[:1])
+    assert "one zero point for the whole weight" in why_not(of_all, 1, "cpu")
+
+
 def test_reasons_not_to():
     _, weight = drawn(4, 64, 3, 32, "moved")
     assert "no kernel here" in why_not(None, 1, "cpu")
