@@ -7,7 +7,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -209,12 +209,29 @@ def _inputs(model: Model, tokens: int, batch: int) -> dict[str, Tensor]:
 def _torch_run(
     model: Model, prompt_tokens: int, new_tokens: int, batches: tuple[int, ...], served: bool
 ) -> Callable[[], _Rates]:
+    generate = partial(speed.serving_speed if served else speed.generation_speed, model.model)
+
+    def around() -> AbstractContextManager[Any]:
+        return serving(model.model) if served else nullcontext()
+
+    return _run(model, prompt_tokens, new_tokens, batches, generate, lambda inputs: model.model(**inputs), around)
+
+
+def _run(
+    model: Model,
+    prompt_tokens: int,
+    new_tokens: int,
+    batches: tuple[int, ...],
+    generate: Callable[[Tensor, int], tuple[float, float]],
+    one_pass: Callable[[dict[str, Tensor]], Any],
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Callable[[], _Rates]:
+    """A round: `generate` where the model makes text, else `one_pass` of each batch, within `around()`."""
     if model.task == "lm":
         prompt = _prompt(model, prompt_tokens)
-        generate = speed.serving_speed if served else speed.generation_speed
 
         def generated() -> _Rates:
-            prefill, decoding = generate(model.model, prompt, new_tokens)
+            prefill, decoding = generate(prompt, new_tokens)
             return {"prefill tokens": [prefill], "decode tokens": [decoding]}
 
         return generated
@@ -223,10 +240,8 @@ def _torch_run(
         rates = {}
         for batch in batches:
             inputs = _inputs(model, prompt_tokens, batch)
-            with ExitStack() as stack:
-                if served:
-                    stack.enter_context(serving(model.model))
-                rates[f"examples at batch {batch}"] = [batch / speed.seconds_of(partial(model.model, **inputs), 0.0)]
+            with around():
+                rates[f"examples at batch {batch}"] = [batch / speed.seconds_of(partial(one_pass, inputs), 0.0)]
         return rates
 
     return passed
@@ -261,27 +276,5 @@ def _engine_runs(
         except RuntimeError as error:
             left_out[name] = f"does not take the file: {' '.join(str(error).split())[:200]}"
             continue
-        runs[name] = _engine_run(engine, model, prompt_tokens, new_tokens, batches)
+        runs[name] = _run(model, prompt_tokens, new_tokens, batches, engine.generation_speed, engine)
     return runs
-
-
-def _engine_run(
-    engine: engines.Engine, model: Model, prompt_tokens: int, new_tokens: int, batches: tuple[int, ...]
-) -> Callable[[], _Rates]:
-    if model.task == "lm":
-        prompt = _prompt(model, prompt_tokens)
-
-        def generated() -> _Rates:
-            prefill, decoding = engine.generation_speed(prompt, new_tokens)
-            return {"prefill tokens": [prefill], "decode tokens": [decoding]}
-
-        return generated
-
-    def passed() -> _Rates:
-        rates = {}
-        for batch in batches:
-            inputs = _inputs(model, prompt_tokens, batch)
-            rates[f"examples at batch {batch}"] = [batch / speed.seconds_of(partial(engine, inputs), 0.0)]
-        return rates
-
-    return passed

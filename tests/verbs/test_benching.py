@@ -29,7 +29,7 @@ def lm(tiny_lm):
 
 
 def test_a_language_model(lm):
-    found = api.bench(lm, prompt_tokens=12, new_tokens=3, rounds=2, with_engines=False)
+    found = api.bench(lm, prompt_tokens=decode.MOST_ROWS + 4, new_tokens=3, rounds=2, with_engines=False)
     assert [row.engine for row in found.rows] == ["quantailor", "float32"]
     for row in found.rows:
         assert set(row.speeds) == {"prefill tokens", "decode tokens"}
@@ -39,7 +39,7 @@ def test_a_language_model(lm):
     assert ours is not None and plain is not None and ours < plain
     assert {(p.rows, p.takes) for p in found.products} == {
         (1, "packed kernel" if native.library() is not None and decode.has_kernel() else "float blocks"),
-        (12, "float blocks"),
+        (decode.MOST_ROWS + 4, "float blocks"),
     }
     assert sum(p.layers for p in found.products if p.rows == 1) == len(list(modules_of(lm.model, QuantLinear)))
     document = json.loads(json.dumps(found.to_json()))
