@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from quantailor.kernels import decode
+from quantailor.kernels.ops import product_told
 from quantailor.models.serving import serving
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantEmbedding, QuantLinear
@@ -42,19 +43,25 @@ class Speed:
         return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
-def memory_gb_per_s(num_bytes: int = _PROBE_BYTES, rounds: int = 7) -> float:
-    """GB (10^9) a second that torch's threads read of memory: the best round, since others can only slow one down."""
-    x = torch.ones(num_bytes // 4)
+def memory_gb_per_s(num_bytes: int = _PROBE_BYTES, rounds: int = 7, device: str = "cpu") -> float:
+    """GB (10^9) a second that torch reads of a device's memory: the best round, since others can only slow one down."""
+    x = torch.ones(num_bytes // 4, device=device)
     return num_bytes / 1e9 / min(seconds_of(x.sum, least=0.0) for _ in range(rounds))
 
 
 def seconds_of(run: Callable[[], Any], least: float = _LEAST_SECONDS) -> float:
     """Of one call; the median of as many as fill `least` seconds, after one that is not timed."""
-    run()
+
+    def waited() -> None:
+        run()
+        if torch.cuda.is_initialized():  # a GPU's work is only begun when a call returns
+            torch.cuda.synchronize()
+
+    waited()
     times: list[float] = []
     while not times or (sum(times) < least and len(times) < 1000):
         start = time.perf_counter()
-        run()
+        waited()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -146,13 +153,13 @@ def _product(layer: QuantLinear, scheme: str, layers: int, rows: int) -> Product
     weight = packed.dequantize()
     ms = {"float weight": 1e3 * seconds_of(lambda: F.linear(x, weight, layer.bias))}
     if layer.scheme.input is not None:
-        takes, why = "integer product", "its inputs are integers as well"
+        takes, why = "integer product", product_told(x.device.type)
         ms[takes] = 1e3 * seconds_of(lambda: layer(x))
     else:
         held = packed.stored()
         reason = decode.why_not(held, rows, x.device.type)
         takes = "float blocks" if reason else "packed kernel"
-        why = reason or f"up to {decode.MOST_ROWS} rows it reads each weight once, packed"
+        why = reason or f"up to {decode.most_rows(x.device.type)} rows it reads each weight once, packed"
         ms["float blocks"] = 1e3 * seconds_of(
             lambda: decode.by_blocks(x, packed.block_maker(), packed.out_features, layer.bias)
         )

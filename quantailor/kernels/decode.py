@@ -2,8 +2,9 @@
 
 Inputs become integers of 16 bits, one scale to a step of 32 bytes of weights (8 bits: 32 inputs, 4 bits: 64, ...), so
 the sums are sums of integers, exact, and a result differs from the float product by 2^-16 of a step's largest input.
-The kernel is native (native/decode.c); `decode_reference` says the same in torch, for the tests. Without it, or for
-other shapes, weights are dequantized a block of rows at a time (`by_blocks`), which no number of rows is too many for.
+The kernel is native (native/decode.c); `decode_reference` says the same in torch, for the tests. On a GPU inputs stay
+floats, since there weights are the traffic and nothing else counts (triton/decode.py). Without a kernel, or for other
+shapes, weights are dequantized a block of rows at a time (`by_blocks`), which no number of rows is too many for.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from torch import Tensor
 
 from quantailor.kernels.native import library as native
 from quantailor.kernels.scratch import scratch
+from quantailor.kernels.triton import library as gpu
 from quantailor.numerics.grouping import num_groups, per_element
 
 # Of 5632 x 2048, two threads with AVX2, ms by the kernel and by float blocks: 4 bits 5.5, 10.4 at 16 rows, 6.6 and 11.4
 # at 24, 17 and 16 at 64; 8 bits 9.7 and 10.5 at 24, 19 and 14 at 32. `quantailor bench` measures the shapes of a model.
 MOST_ROWS = 24
+# Not measured: the kernel multiplies four rows at a time and reads weights again for the next four, so that at 8 rows
+# it reads half of what a product in bfloat16 reads, and beyond it multiplies more than tensor cores would.
+MOST_ROWS_GPU = 8
 LARGEST = 32512  # 127 * 256
 _BLOCK_BYTES = 8 * 2**20  # of float weights at a time: they stay in the caches, and no fresh memory is mapped for them
 
@@ -56,15 +61,18 @@ class StoredWeight:
 
 
 def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
-    """Why the native kernel does not take this product; "" where it does."""
+    """Why no kernel for packed weights takes this product; "" where one does."""
     if weight is None or weight.levels is not None or weight.bits not in (1, 2, 4, 8):
         return "its grid has no kernel here (it has for uniform grids of 1, 2, 4 and 8 bits)"
     if weight.zero_point is not None and weight.zero_point.shape[0] < weight.data.shape[0]:
         return "one zero point for the whole weight has no kernel here; a row or a group of its own has"
-    if rows > MOST_ROWS:
-        return f"{rows} rows: beyond {MOST_ROWS} a product of floats is faster"
+    on_gpu = device == ("cpu" if gpu.interprets() else "cuda")
+    if rows > (most := most_rows(device)):
+        return f"{rows} rows: beyond {most} a product of floats is {'taken' if on_gpu else 'faster'}"
+    if on_gpu:
+        return _why_not_on_gpu(weight, device)
     if device != "cpu":
-        return f"the kernel runs on a CPU, and this is {device}"
+        return f"the kernels run on a CPU or an NVIDIA GPU, and this is {device}"
     if native.library() is None:
         return native.why_not()
     if not has_kernel():
@@ -76,14 +84,34 @@ def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
     return ""
 
 
+def most_rows(device: str) -> int:
+    """Up to how many rows the kernel of a device of this type is taken for."""
+    return MOST_ROWS_GPU if device == ("cpu" if gpu.interprets() else "cuda") else MOST_ROWS
+
+
+def _why_not_on_gpu(weight: StoredWeight, device: str) -> str:
+    size, fields = weight.group_size, 32 // weight.bits
+    if weight.groups > 1 and size is not None and size % fields:
+        return f"groups of {size} do not fit words of {fields} weights"
+    return gpu.why_not(device)
+
+
 def has_kernel() -> bool:
     """Whether the native library was built for a processor that the kernel is written for."""
     lib = native.library()
     return lib is not None and bool(lib.decode_ready())
 
 
-def decode_linear(x_TN: Tensor, weight: StoredWeight, bias: Tensor | None = None) -> Tensor:
-    """y = x @ w_hat^T + bias: float32 [T, O] of x [T, N] in any float type. `why_not` must have said nothing."""
+def decode_linear(
+    x_TN: Tensor, weight: StoredWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """y = x @ w_hat^T + bias: [T, O] in `dtype`, rounded from float32, of x [T, N] in any float type. `why_not` must
+    have said nothing."""
+    if gpu.takes(x_TN, weight.data, weight.scale):
+        w = weight
+        grid = (w.data, w.scale, w.zero_point, w.move, w.bits, w.group_size)
+        result: Tensor = gpu.kernels().decode_linear(x_TN.detach(), *grid, bias, dtype)
+        return result
     x = x_TN.detach().float().contiguous()
     rows, length = x.shape
     data, groups = weight.data, weight.groups
@@ -101,7 +129,7 @@ def decode_linear(x_TN: Tensor, weight: StoredWeight, bias: Tensor | None = None
     )
     if failed:
         raise MemoryError(f"no memory for {rows} rows of {length} inputs as integers")
-    return y
+    return y.to(dtype)
 
 
 @cache

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quantailor.kernels import tiles
 from quantailor.kernels.operators import opaque
+from quantailor.kernels.triton import library as gpu
 from quantailor.numerics.grouping import from_groups, to_groups
 from quantailor.spec import NF4, Grid, Int
 
@@ -78,12 +79,21 @@ def has_integer_product(grid: Grid) -> bool:
     return not isinstance(grid, NF4) and not (isinstance(grid, Int) and grid.qmax > 127)
 
 
+def product_told(device: str) -> str:
+    """What `int_linear` takes on a device of this type, in words; on a GPU with the reason why not our kernel."""
+    if device != "cuda":
+        return "its inputs are integers as well"
+    reason = gpu.why_not(device)
+    return f"its inputs are integers as well; {'torch multiplies: ' + reason if reason else 'scales in its epilogue'}"
+
+
 def int_matmul(x_q_TN: Tensor, w_q_ON: Tensor) -> Tensor:
     """int8 [T, N] x int8 [O, N]^T -> float32 [T, O] of an exact int32 sum.
 
-    On a GPU `torch._int_mm` wants more than 16 rows and multiples of 8; other shapes go through float64, which is
-    exact as well (products below 2^14, sums below 2^53). On a processor without an instruction for int8 products it
-    is a plain loop, at 1/25 of the speed of exact float sums (measured with AVX2, 512 x 384 x 1536).
+    On a GPU (where our own kernel does not run: kernels/triton) `torch._int_mm` wants more than 16 rows and multiples
+    of 8; other shapes go through float64, which is exact as well (products below 2^14, sums below 2^53). On a processor
+    without an instruction for int8 products it is a plain loop, at 1/25 of the speed of exact float sums (measured with
+    AVX2, 512 x 384 x 1536).
     """
     if x_q_TN.device.type == "cpu" and not _multiplies_int8():
         return float_matmul(x_q_TN, w_q_ON)
@@ -127,6 +137,12 @@ def int_linear(
     flat, of_weight, of_input = x.q.reshape(-1, length), weight.group_size, x.group_size
     if of_weight is not None and of_input is not None and of_weight != of_input:
         raise ValueError(f"groups of {of_weight} weights and of {of_input} activations have no common integer sums")
+    if matmul is None and gpu.takes(flat, weight.q, x.scale, weight.scale):
+        floats = None if x.columns is None else _float_columns(x, weight)
+        x_scale = x.scale.reshape(-1, x.scale.shape[-1])
+        sides = (flat, x_scale, weight.q, weight.scale, weight.shift, of_input, of_weight)
+        y = gpu.kernels().int_linear(*sides, floats, bias, dtype)
+        return y.reshape(*x.q.shape[:-1], y.shape[1])
     if matmul is None and of_input is None and x.columns is None and tiles.fits(flat, weight.q, of_weight):
         in_bf16 = dtype == torch.bfloat16
         w = weight

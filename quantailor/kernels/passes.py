@@ -1,6 +1,7 @@
-"""The passes over memory that training with integers needs: native where it can be, torch operators otherwise.
+"""The passes over memory that training with integers needs: native on a CPU and Triton's on a GPU where they can be,
+torch operators otherwise.
 
-Both give the same integers and scales, bit for bit; sums of gradients differ in their order of adding. T tokens, O out,
+All give the same integers and scales, bit for bit; sums of gradients differ in their order of adding. T tokens, O out,
 N in, G groups a row. A weight's grid: scale [O, G], zero_point int32 [O, G] or None, offset, qmin, qmax, group_size.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from quantailor.kernels.native import library as native
 from quantailor.kernels.operators import operator
 from quantailor.kernels.scratch import scratch
+from quantailor.kernels.triton import library as gpu
 from quantailor.numerics import affine
 from quantailor.numerics.grouping import from_groups, num_groups, to_groups
 
@@ -37,6 +39,8 @@ def quantize_tokens(x: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     A token that is not finite gets the scale NaN, so that nothing after it looks sound.
     """
     x = x.detach().contiguous()
+    if gpu.takes(x):
+        return gpu.kernels().quantize_tokens(x, qmin, qmax)
     if not _usable(x) or x.dtype not in native.SUFFIX:
         q, scale = affine.quantize_dynamic(x, qmin, qmax)
         return q, torch.where(torch.isfinite(x.float().abs().amax(-1, keepdim=True)), scale, torch.nan)
@@ -58,6 +62,8 @@ def quantize_weight(
 ) -> Tensor:
     """numerics.grids.encode of a uniform grid that fits int8: w float32 [O, N] -> q int8 [O, N]."""
     w = w.detach().contiguous()
+    if gpu.takes(w, scale, zero_point):
+        return gpu.kernels().quantize_weight(w, scale, zero_point, offset, qmin, qmax, group_size)
     if not _usable(w, scale, zero_point):
         steps = to_groups(w, group_size) * scale.unsqueeze(-1).reciprocal()
         zero = 0 if zero_point is None else zero_point.unsqueeze(-1)
@@ -79,6 +85,8 @@ def fake_quantize_weight(
 ) -> Tensor:
     """`quantize_weight` and back, float32 [O, N]: numerics.lsq forwards."""
     w = w.detach().contiguous()
+    if gpu.takes(w, scale, zero_point):
+        return gpu.kernels().fake_quantize_weight(w, scale, zero_point, offset, qmin, qmax, group_size)
     if not _usable(w, scale, zero_point):
         steps = to_groups(w, group_size) * scale.unsqueeze(-1).reciprocal()
         zero = 0 if zero_point is None else zero_point.unsqueeze(-1)
@@ -110,6 +118,9 @@ def lsq_backward(
     """numerics.lsq backwards: `grad` [O, N] of the dequantized weight -> (of the weight float32 [O, N], of the scale
     [O, G])."""
     w, grad = w.detach().contiguous(), grad.contiguous()
+    if gpu.takes(w, grad, scale, zero_point):
+        grid = (scale, zero_point, offset, stretch, g, qmin, qmax, group_size)
+        return gpu.kernels().lsq_backward(w, grad, *grid)
     if _usable(w, grad, scale, zero_point) and grad.dtype in native.SUFFIX:
         grad_w, grad_scale = torch.empty_like(w), torch.empty_like(scale)
         limits = (c_int32(qmin), c_int32(qmax))
@@ -143,6 +154,9 @@ def fold_scales(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor) -> tuple[
 
 
 def _fold_into(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor, for_x: Tensor, for_w: Tensor) -> None:
+    if gpu.takes(grad, w_scale, x_scale):
+        gpu.kernels().fold_scales(grad, w_scale, x_scale, for_x, for_w)
+        return
     if _usable(grad, w_scale, x_scale) and grad.dtype in native.SUFFIX:
         name = f"fold_{native.SUFFIX[grad.dtype]}"
         one = c_int32(x_scale.numel() == 1 and grad.shape[0] != 1)

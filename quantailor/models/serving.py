@@ -2,7 +2,7 @@
 
 Outside, packed layers run as `check` proves them, bit for bit what was trained. Inside, a layer whose weight alone is
 quantized multiplies few rows by the kernel that reads packed weights (kernels/decode.py), many by floats a block at a
-time: the same integers, and logits within some 1e-4 of the largest, since inputs are held in 16 bits.
+time: the same integers, and logits within some 1e-4 of the largest, since a CPU holds inputs in 16 bits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from quantailor.kernels import decode
+from quantailor.kernels.ops import product_told
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantLinear
 
@@ -45,11 +46,12 @@ def choices(model: nn.Module) -> list[Choice]:
     """What one row would take in each kind of packed linear layer."""
     found: dict[tuple[str, str, str], int] = {}
     for _, layer in modules_of(model, QuantLinear):
+        device = layer.packed.scales().device.type
         if layer.scheme.input is not None:
-            key = (str(layer.scheme), "integer product", "its inputs are integers as well")
+            key = (str(layer.scheme), "integer product", product_told(device))
         else:
-            reason = decode.why_not(layer.packed.stored(), 1, layer.packed.scales().device.type)
+            reason = decode.why_not(layer.packed.stored(), 1, device)
             few = "float blocks" if reason else "packed kernel"
-            key = (str(layer.scheme), few, reason or f"up to {decode.MOST_ROWS} rows; more take float blocks")
+            key = (str(layer.scheme), few, reason or f"up to {decode.most_rows(device)} rows; more take float blocks")
         found[key] = found.get(key, 0) + 1
     return [Choice(scheme, count, few, why) for (scheme, few, why), count in found.items()]

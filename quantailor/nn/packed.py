@@ -299,7 +299,7 @@ class QuantLinear(_Quant):
             y = decode.by_blocks(rows_TN, self.packed.block_maker(), self.out_features, self.bias)
         else:
             assert weight is not None
-            y = decode.decode_linear(rows_TN, weight, self.bias).to(x.dtype)
+            y = decode.decode_linear(rows_TN, weight, self.bias, x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _with_gradient(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from quantailor.data.examples import Examples
 from quantailor.errors import UsageError
 from quantailor.kernels.native import library as native
 from quantailor.kernels.scratch import release
+from quantailor.kernels.triton import library as gpu
 from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
@@ -106,7 +107,7 @@ def train(
     settings = resolved(settings, bits, len(examples))
     assert settings.steps is not None
     rates = learning_rates(settings, bits, sum(p.numel() for p in model.parameters()))
-    notes = _uncalibrated(model)
+    notes = _uncalibrated(model) + _without_kernels(_device())
     saves = work is not None if saves is None else saves
     _check(settings)
     distiller, gamma_told = distiller_of(teacher, settings, examples, _device())
@@ -332,6 +333,12 @@ def _uncalibrated(model: nn.Module) -> list[str]:
         if names
         else []
     )
+
+
+def _without_kernels(device: torch.device) -> list[str]:
+    """A note where a GPU trains without our kernels: last bits can differ, and it is slower."""
+    reason = gpu.why_not(device.type) if device.type == "cuda" else ""
+    return [f"torch operators did what our GPU kernels do: {reason}"] if reason else []
 
 
 def _device() -> torch.device:

@@ -23,6 +23,7 @@ from quantailor.evaluate.measuring import measuring
 from quantailor.evaluate.speed import Product, Speed
 from quantailor.formats import engines
 from quantailor.kernels.native import library as native
+from quantailor.kernels.triton import library as gpu
 from quantailor.models.dequantize import dequantize_model
 from quantailor.models.serving import serving
 from quantailor.progress import Progress
@@ -144,7 +145,8 @@ def bench(
             runs |= made
         else:
             left_out |= dict.fromkeys(engines.PACKAGES, "not asked for")
-        gb_per_s = speed.memory_gb_per_s()
+        device = next(ready.model.parameters(), torch.empty(0)).device.type
+        gb_per_s = speed.memory_gb_per_s(device=device)
         found = _in_turn(runs, rounds, bars, left_out)
         rows_of_shapes = (1, prompt_tokens) if ready.task == "lm" else tuple(b * prompt_tokens for b in batches)
         products = speed.products(ready.model, tuple(dict.fromkeys(rows_of_shapes)))
@@ -155,12 +157,19 @@ def bench(
         [Row(name, found[name], sizes.get(name) if decodes else None, gb_per_s) for name in found],
         products,
         gb_per_s,
-        native.why_not() or "built for this processor",
+        _own_kernels(device),
         torch.get_num_threads(),
         load,
         rounds,
         left_out,
     )
+
+
+def _own_kernels(device: str) -> str:
+    """Whether machine code of ours runs on a device of this type, or why not."""
+    if device == "cuda":
+        return gpu.why_not(device) or "Triton's, made for this GPU"
+    return native.why_not() or "built for this processor"
 
 
 def _in_turn(

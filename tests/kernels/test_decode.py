@@ -137,7 +137,7 @@ def test_reasons_not_to():
     _, weight = drawn(4, 64, 3, 32, "moved")
     assert "no kernel here" in why_not(None, 1, "cpu")
     assert f"{decode.MOST_ROWS + 1} rows" in why_not(weight, decode.MOST_ROWS + 1, "cpu")
-    assert "this is cuda" in why_not(weight, 1, "cuda")
+    assert "this is mps" in why_not(weight, 1, "mps")
 
 
 def test_without_native_code_the_reason_is_told(monkeypatch):

@@ -5,6 +5,7 @@ import torch
 
 from quantailor.kernels import passes
 from quantailor.kernels.native import library as native
+from quantailor.kernels.triton import library as gpu
 from quantailor.numerics import affine, grids
 from quantailor.numerics.grouping import from_groups, to_groups
 from quantailor.numerics.lsq import lsq
@@ -14,9 +15,13 @@ GRIDS = [Int(8), Int(4), Int(3), Int(2), Int(4, symmetric=False), Balanced(2), T
 SHAPES = [(1, 1, None), (3, 7, None), (5, 64, 32), (33, 100, 32), (16, 257, 64), (40, 96, 96), (2, 50, 200)]
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
+@pytest.fixture(params=["native", "torch"] + ["triton"] * gpu.interprets(), autouse=True)
 def way(request, monkeypatch):
-    """Every test both ways: they must agree with the oracle, hence with each other."""
+    """Every test all ways: they must agree with the oracle, hence with each other. Triton's in its interpreter alone,
+    in the process of triton/test_interpreted.py."""
+    if request.param == "triton":
+        return request.param
+    monkeypatch.setattr(gpu, "takes", lambda *tensors: False)
     if request.param == "native":
         if native.library() is None:
             pytest.skip(native.why_not())

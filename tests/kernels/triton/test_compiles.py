@@ -1,0 +1,96 @@
+"""Triton's compiler, which is stricter than its interpreter, makes machine code of every kernel for GPUs that are not
+here (compute capability 8.0, 9.0), as the launchers call them. What makes their results and speed can be read there."""
+
+import pytest
+import torch
+
+from quantailor.kernels.triton import library as gpu
+from tests.kernels.triton.where import HAS_TRITON, INSTALL
+
+if not HAS_TRITON:
+    pytest.skip(INSTALL, allow_module_level=True)
+if gpu.interprets():
+    pytest.skip("nothing is compiled in the interpreter's process", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from quantailor.kernels.triton import decode, int_linear, kernels
+
+
+class Absent:
+    """The driver of a GPU that is not here: enough to compile for it."""
+
+    def __init__(self, capability):
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device=None: 0
+        self.get_active_torch_device = lambda: torch.device("cpu")
+
+
+@pytest.fixture(params=[80, 90])
+def compiled(request, monkeypatch, tmp_path):
+    """(kernel, what was made of it), filled by launches that only compile."""
+    made = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        made.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        return made[-1][1]
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(int_linear._int_linear, "configs", [int_linear.CONFIGS[6]])  # nothing can be measured
+    monkeypatch.setattr(decode._decode_linear, "configs", [decode._config(4, 64, 1)])
+    active = driver._active if hasattr(driver, "_active") else None
+    driver.set_active(Absent(request.param))
+    yield made
+    driver.reset_active() if active is None else driver.set_active(active)
+
+
+def test_passes(compiled):
+    w, scale, zero = torch.zeros(8, 256), torch.ones(8, 2), torch.zeros(8, 2, dtype=torch.int32)
+    kernels.quantize_tokens(w.bfloat16(), -128, 127)
+    kernels.quantize_weight(w, scale, None, 0.0, -8, 7, 128)
+    kernels.fake_quantize_weight(w, scale, zero, 0.0, 0, 15, 128)
+    kernels.lsq_backward(w, w.bfloat16(), scale, zero, 0.0, 0.0, 0.1, 0, 15, 128)
+    half = torch.empty(8, 256, dtype=torch.bfloat16)
+    kernels.fold_scales(w.bfloat16(), torch.ones(256), torch.ones(8), half, half.new_empty(256, 8))
+    assert len(compiled) == 5
+    for name, code in compiled:
+        ptx = code.asm["ptx"]
+        assert "fma.rn" not in ptx, f"{name} would round once where torch rounds twice"
+        assert "div.full" not in ptx and "div.approx" not in ptx, f"{name} divides inexactly"
+
+
+@pytest.mark.parametrize("group_size", [None, 128, 32])
+def test_int_linear(compiled, group_size):
+    x_q, w_q = torch.zeros(256, 512, dtype=torch.int8), torch.zeros(256, 512, dtype=torch.int8)
+    scale = torch.ones(256, 1 if group_size is None else 512 // group_size)
+    shift = scale if group_size == 128 else None
+    kernels.int_linear(x_q, torch.ones(256, 1), w_q, scale, shift, None, group_size, None, scale[:, 0], torch.bfloat16)
+    ((_, code),) = compiled
+    ptx = code.asm["ptx"]
+    assert "fma.rn.f32" not in ptx
+    assert "s32.s8.s8" in ptx, "the product is not on tensor cores"
+    assert "cp.async" in ptx, "nothing is loaded ahead"
+
+
+@pytest.mark.parametrize(("bits", "zeros"), [(4, False), (4, True), (2, False), (1, False), (8, True)])
+def test_decode(compiled, bits, zeros):
+    data, scale = torch.zeros(64, 4096 * bits // 32, dtype=torch.int32), torch.ones(64, 32)
+    zero = torch.zeros(64, 32, dtype=torch.uint8) if zeros else None
+    x = torch.zeros(1, 4096, dtype=torch.bfloat16)
+    kernels.decode_linear(x, data, scale, zero, -8.0, bits, 128, None, torch.bfloat16)
+    ((_, code),) = compiled
+    ptx = code.asm["ptx"]
+    assert "cvt.rn.f32.s32" not in ptx and "cvt.rn.f32.u32" not in ptx, "fields are converted by the few units for it"
+    if bits == 4:  # inputs and weights meet in the registers of one thread
+        assert code.metadata.shared <= 64 and "bar.sync" not in ptx
+
+
+def test_decode_of_signed_bytes(compiled):
+    data, scale = torch.zeros(64, 512, dtype=torch.int8), torch.ones(64, 1)
+    kernels.decode_linear(torch.zeros(4, 512), data, scale, None, 0.0, 8, None, torch.ones(64), torch.float32)
+    assert len(compiled) == 1
