@@ -31,9 +31,9 @@ def on_device(x, weight, bias):
     return IntegerInput(x_q, x_scale, x.group_size), IntegerWeight(q, scale, shift, weight.group_size), bias
 
 
-def check(*case):
+def check(*case, dtypes=(torch.float32,)):
     expected = int_linear(*case, matmul=float_matmul)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in dtypes:
         found = int_linear(*on_device(*case), dtype=dtype)
         assert found.dtype == dtype and torch.equal(found.cpu(), expected.to(dtype))
 
@@ -50,6 +50,10 @@ def test_groups_of_several_steps_and_ragged_ends(length, group_size, shifted):
     check(*drawn(18, length, 66, group_size, shifted))
     check(*drawn(18, length, 66, group_size, shifted, x_groups=group_size))
     check(*drawn(18, length, 66, None, shifted, x_groups=group_size, biased=False))
+
+
+def test_results_are_rounded_once():
+    check(*drawn(9, 200, 70, 64, shifted=True), dtypes=(torch.bfloat16, torch.float16))
 
 
 def test_one_scale_for_all_tokens_and_one_for_all_outputs():
