@@ -1,0 +1,45 @@
+"""What bench/gpu.py says without a GPU, and how it sums up."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_gpu_one_line_and_status_2(bench, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    told = capsys.readouterr()
+    assert stopped.value.code == 2 and told.out == ""
+    assert told.err == "bench/gpu.py measures nothing here: torch sees no CUDA device\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ratio_is_taken_round_by_round(bench):
+    row = bench.compared({"plain": [2.0, 4.0, 9.0], "mine": [1.0, 4.0, 3.0]}, "mine", "plain", asked=2.0)
+    assert row["speedup"] == {"median": 2.0, "min": 1.0, "max": 3.0} and row["met"]
+    assert not bench.compared({"plain": [1.0], "mine": [1.1]}, "mine", "plain", asked=1.0)["met"]
+    assert json.dumps(row)
+
+
+def test_contestants_take_turns(bench, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench, "seconds", lambda run, calls: run() or 1.0)
+    found = bench.in_turn({name: lambda name=name: seen.append(name) for name in "ab"}, rounds=2)
+    assert "".join(seen[4:]) == "baabba" and {n: len(v) for n, v in found.items()} == {"a": 2, "b": 2}
