@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from quantailor.kernels import decode
+from quantailor.kernels import decode, ops
+from quantailor.models.encoding import encoding, why_not_encoded
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantLinear
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers of one kind, what few rows take there ("packed kernel", "float blocks", "integer product"), and why."""
+    """Layers of one kind, what few rows take there ("packed kernel", "float blocks", "integer product",
+    "encoder block"), and why."""
 
     scheme: str
     layers: int
@@ -35,18 +37,23 @@ def serving(model: nn.Module) -> Iterator[list[Choice]]:
     for layer in layers:
         layer.serves, layer.held = True, layer.packed.stored()
     try:
-        yield choices(model)
+        with encoding(model) as encoded:
+            yield choices(model, encoded)
     finally:
         for layer in layers:
             layer.serves, layer.held = False, None
 
 
-def choices(model: nn.Module) -> list[Choice]:
-    """What one row would take in each kind of packed linear layer."""
+def choices(model: nn.Module, encoded: dict[int, str] | None = None) -> list[Choice]:
+    """What one row would take in each kind of packed linear layer. `encoded`: as models/encoding.py found it."""
+    encoded = why_not_encoded(model) if encoded is None else encoded
     found: dict[tuple[str, str, str], int] = {}
     for _, layer in modules_of(model, QuantLinear):
         if layer.scheme.input is not None:
-            key = (str(layer.scheme), "integer product", "its inputs are integers as well")
+            reason = encoded.get(id(layer), "it stands in no block")
+            few = "integer product" if reason else "encoder block"
+            how = f"its inputs are integers as well, by {ops.product_here()}"
+            key = (str(layer.scheme), few, how + (f"; floats between products: {reason}" if reason else ""))
         else:
             reason = decode.why_not(layer.packed.stored(), 1, layer.packed.scales().device.type)
             few = "float blocks" if reason else "packed kernel"

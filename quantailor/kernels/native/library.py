@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-SOURCES = ("passes.c", "gemm.c", "decode.c", "dequantize.c")
+SOURCES = ("passes.c", "gemm.c", "panels.c", "decode.c", "dequantize.c")
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp"),
     "-ffp-contract=off",  # a fused multiply-add would round once where torch rounds twice
