@@ -119,7 +119,7 @@ class Bench:
         if way in RIVALS:
             return self._rival(way, judge, model, bits, seed)
         if way == "float":
-            settings = self.settings(seed, kl_weight=0.0, task_weight=1.0)
+            settings = self.settings(seed, kl_weight=0.0, task_weight=1.0, average=0.25)
             done = qt.train(judge.float, self.train, scheme="float", eval_data=self.choose, settings=settings)
             return {"judged": judge(done.model), "training": training(done)}
         start = self._ptq(judge, bits, seed, folder)
