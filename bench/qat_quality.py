@@ -3,9 +3,9 @@
 The two small Llamas on TinyStories, weights of 4, 3 and 2 bits in groups of 32, every Linear of the blocks. Each way
 starts from our best PTQ (Block-AP) on rows drawn by the seed, trains with the same batches and steps, and has its best
 iterate chosen on rows held out of the training text; all of the validation text then measures it, once. Ways: `qat`
-(RECIPES), `defaults` (the settings' own: divergence from the float model alone, no average), `scales` (as `qat`, integers
-frozen), `float` (the control: the float model on its own loss), and other tools with the same rows, steps and loss in
-environments of their own.
+(RECIPES), `defaults` (the settings' own: divergence from the float model alone, no average), `scales` (as `qat`,
+integers frozen), `float` (the control: the float model on its own loss), and other tools with the same rows, steps and
+loss in environments of their own.
 
     python bench/qat_quality.py stories260k --bits 4 3 2 --seeds 5 --out bench/results/qat_quality.json
     python bench/qat_quality.py stories260k --only qat float --bits 4 --seeds 2      runs these; shows all there is
@@ -85,7 +85,9 @@ class Bench:
         return self.judges[model]
 
     def settings(self, seed: int, **changes: Any) -> qt.Settings:
-        return qt.Settings(seed=seed, steps=self.options.steps, batch_size=self.options.batch_size, evaluations=LOOKS, **changes)
+        return qt.Settings(
+            seed=seed, steps=self.options.steps, batch_size=self.options.batch_size, evaluations=LOOKS, **changes
+        )
 
     def changes(self, model: str, bits: int, way: str) -> dict[str, Any]:
         if way == "defaults":
@@ -152,7 +154,9 @@ class Bench:
         place = self.options.cache / "rival"
         place.mkdir(parents=True, exist_ok=True)
         rows = examples_for(judge.float, self.train, context=CONTEXT)
-        batches = rows.batches(self.options.batch_size, shuffle=True, seed=seed, limit=self.options.steps * self.options.batch_size)
+        batches = rows.batches(
+            self.options.batch_size, shuffle=True, seed=seed, limit=self.options.steps * self.options.batch_size
+        )
         np.save(place / "rows.npy", torch.cat([b["input_ids"] for b in batches]).numpy().astype(np.int32))
         command = [str(python), str(HERE / "rivals" / f"qat_{way}.py"), "--model", str(DATA / "models" / model)]
         command += ["--rows", str(place / "rows.npy"), "--bits", str(bits), "--out", str(place / "weights.safetensors")]
