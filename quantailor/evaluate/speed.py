@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from quantailor.kernels import decode
+from quantailor.models.generation import continued, decoder_of
 from quantailor.models.serving import serving
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantEmbedding, QuantLinear
@@ -92,18 +93,9 @@ def generation_speed(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float
 
 
 def generation_times(model: Any, prompt: Tensor, new_tokens: int) -> list[tuple[float, float]]:
-    """(Seconds, CPU seconds of this process) at the start and at each new token."""
+    """(Seconds, CPU seconds of this process) at the start and at each new token; a decoder is proved before that."""
     clock = _Clock()
-    model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        cache_implementation="static",
-        streamer=clock,
-    )
+    continued(model, prompt, new_tokens, clock, decoder=decoder_of(model)[0], ends=False)
     return clock.times
 
 

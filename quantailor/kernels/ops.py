@@ -84,8 +84,8 @@ def int_matmul(x_q_TN: Tensor, w_q_ON: Tensor) -> Tensor:
 
     On a GPU `torch._int_mm` wants more than 16 rows and multiples of 8; other shapes go through float64, which is
     exact as well (products below 2^14, sums below 2^53). On a processor without an instruction for int8 products it
-    is a plain loop, at 1/25 of the speed of exact float sums (measured with AVX2, 512 x 384 x 1536); there it is our own
-    panels, or float sums where these are not to be had.
+    is a plain loop, at 1/25 of the speed of exact float sums (measured with AVX2, 512 x 384 x 1536); there our own
+    panels do it, or float sums where these are not to be had.
     """
     if x_q_TN.device.type == "cpu" and not multiplies_int8():
         return (panels.panel_product if panels.fits(x_q_TN, w_q_ON) else float_matmul)(x_q_TN, w_q_ON)

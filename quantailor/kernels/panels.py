@@ -1,4 +1,4 @@
-"""The int8 product on AVX2 (native/panels.c), for processors without an int8 instruction: `ops.int_linear`, bit for bit,
+"""The int8 product on AVX2 (native/panels.c), for processors without an int8 instruction: the bits of `ops.int_linear`,
 and beyond it an activation function and the next layer's quantization while sums are in the cache.
 
 Weights are read as they are stored, int8 [O, N]; what is widened of them lives in the first cache. T tokens, G groups.

@@ -128,7 +128,7 @@ class EncoderBlock:
         self.given: tuple[weakref.ref[Tensor], IntegerInput] | None = None  # an input, and its integers for `query`
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *more: Any, **options: Any) -> Any:
-        """As the block's own. hidden_states [B, T, H]; the mask bool, or float to be added, [B or 1, 1 or heads, T or 1, T]."""
+        """As the block's own. hidden_states [B, T, H]; mask [B or 1, 1 or heads, T or 1, T], bool or to be added."""
         if not self._takes(hidden_states, attention_mask, more, options):
             self.given = None
             return self.own(hidden_states, attention_mask, *more, **options)
@@ -161,12 +161,13 @@ class EncoderBlock:
         """The block on some rows: floats to `out` [B * T, H], and the integers of these for the next block."""
         batch, tokens, width = hidden.shape
         rows = hidden.view(-1, width)
-        x, heads = known or self.query.integers(rows), []
+        x = known or self.query.integers(rows)
+        heads: list[Any] = []
         for name, product in (("query", self.query), ("key", self.key), ("value", self.value)):
             same = product.takes_the_same_as(self.query)
             y = product.of(x if same else product.integers(rows), name)
             heads.append(y.view(batch, tokens, -1, self.head_size).transpose(1, 2))
-        context = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=self.scaling)
+        context = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=mask, scale=self.scaling)
         context = context.transpose(1, 2).reshape(batch * tokens, -1)
         y = self.out.of(self.out.integers(context), "out")
         middle = scratch("encoder middle", (batch * tokens, width), torch.float32, hidden.device)
@@ -174,9 +175,7 @@ class EncoderBlock:
         x = IntegerInput(*passes.add_norm(y, rows, self.norm1, *up.limits, scale, middle))
         y = self.down.of(up.into_integers(x, self.activation, self.down), "out")
         following = self.query if self.follower is None else self.follower.query
-        return IntegerInput(
-            *passes.add_norm(y, middle, self.norm2, *following.limits, following.input_scale, out)
-        )
+        return IntegerInput(*passes.add_norm(y, middle, self.norm2, *following.limits, following.input_scale, out))
 
 
 def _rows(x: IntegerInput, rows: slice) -> IntegerInput:
@@ -221,7 +220,7 @@ def _norm(norm: Any) -> nn.LayerNorm:
     plain = isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
     if not plain or norm.weight.dtype != torch.float32:
         raise _Unfit("its norms are no LayerNorms in float32")
-    return norm  # type: ignore[no-any-return]
+    return norm
 
 
 def _function(function: Callable[[Tensor], Tensor]) -> str:
@@ -242,7 +241,9 @@ def _candidates(model: nn.Module) -> list[tuple[nn.Module, EncoderBlock | str]]:
             continue
         try:
             if multiplies_int8():
-                raise _Unfit("this processor multiplies int8 by itself, and the kernel is written for those that do not")
+                raise _Unfit(
+                    "this processor multiplies int8 by itself, and the kernel is written for those that do not"
+                )
             if reason := panels.why_not():
                 raise _Unfit(reason)
             kind = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
@@ -289,7 +290,7 @@ def encoding(model: nn.Module) -> Iterator[dict[int, str]]:
     try:
         for one, following in zip(changed, [*changed[1:], None]):
             one.follower = following
-            one.block.forward = one.forward  # type: ignore[method-assign]
+            one.block.forward = one.forward
         yield reasons
     finally:
         for one in changed:

@@ -2,7 +2,8 @@
 
 Outside, packed layers run as `check` proves them, bit for bit what was trained. Inside, a layer whose weight alone is
 quantized multiplies few rows by the kernel that reads packed weights (kernels/decode.py), many by floats a block at a
-time: the same integers, and logits within some 1e-4 of the largest, since inputs are held in 16 bits.
+time, and a block like Llama's answers for one token by one native call (decoding.py): the same integers, and logits
+within some 1e-4 of the largest, since inputs are held in 16 bits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from quantailor.kernels import decode, ops
+from quantailor.models import decoding
 from quantailor.models.encoding import encoding, why_not_encoded
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantLinear
@@ -37,9 +39,11 @@ def serving(model: nn.Module) -> Iterator[list[Choice]]:
     for layer in layers:
         layer.serves, layer.held = True, layer.packed.stored()
     try:
+        decoding.install(model)
         with encoding(model) as encoded:
             yield choices(model, encoded)
     finally:
+        decoding.remove(model)
         for layer in layers:
             layer.serves, layer.held = False, None
 

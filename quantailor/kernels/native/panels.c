@@ -307,6 +307,7 @@ int32_t panels(const int8_t *x, int64_t x_stride, const int8_t *w, int64_t w_str
                int64_t group, const float *w_scale, const float *shift, const float *x_sum, const float *x_scale,
                int32_t one_scale, const float *bias, int32_t activation, int32_t kind, float inverse, float low, float high,
                void *y) {
+    if (rows < 1 || out < 1) return 0;
     const int64_t groups = (n + group - 1) / group, threads = omp_get_max_threads();
     const ending e = {w_scale, shift, x_sum, x_scale, bias, groups, out, one_scale, activation, kind, inverse, low, high, y};
     // Blocks of inputs: even parts of a group, at most DEPTH, of a whole number of 16.
