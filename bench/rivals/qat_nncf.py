@@ -1,8 +1,8 @@
 """NNCF's QAT with absorbable LoRA adapters on given rows: fake quantization around W + B A; dequantized weights out.
 
 Its recipe is that of its own example: nearest rounding to start with, KL to the float model, adapters at a rate and the
-scales at a tenth of it, AdamW; here with the batches, the schedule and the steps of bench/qat_quality.py. The last iterate
-is handed back. NNCF has adapters at 4 and 8 bits alone: another width ends with its error.
+scales at a tenth of it, AdamW; here with the batches, the schedule and the steps of bench/qat_quality.py. The last
+iterate is handed back. NNCF has adapters at 4 and 8 bits alone: another width ends with its error.
 """
 
 import argparse
@@ -100,5 +100,10 @@ with torch.no_grad():
         done.append(name)
 save_file(weights, options.out)
 versions = {name: metadata.version(name) for name in ("torch", "transformers", "nncf")}
-told = {"learning_rate": options.learning_rate, "task_weight": options.task_weight, "rank": rank, "groups": sorted(set(sizes.values()))}
+told = {
+    "learning_rate": options.learning_rate,
+    "task_weight": options.task_weight,
+    "rank": rank,
+    "groups": sorted(set(sizes.values())),
+}
 print(json.dumps(told | {"left_float": sorted(set(layers) - set(done)), "versions": versions}))

@@ -23,7 +23,7 @@ from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from attention import use  # noqa: E402
+from attention import use
 
 parser = argparse.ArgumentParser()
 for name in ("model", "rows", "out"):
@@ -42,8 +42,8 @@ teacher = copy.deepcopy(model).eval()
 sizes = groups_of(model, options.group_size)
 for size in sorted(set(sizes.values())):
     config = IntxFakeQuantizeConfig(getattr(torch, f"int{options.bits}"), group_size=size, is_symmetric=True)
-    fitting = {name for name in sizes if sizes[name] == size}
-    quantize_(model, QATConfig(weight_config=config, step="prepare"), filter_fn=lambda module, name: name in fitting)
+    prepare = QATConfig(weight_config=config, step="prepare")
+    quantize_(model, prepare, filter_fn=lambda module, name, size=size: sizes.get(name) == size)
 batches = torch.from_numpy(np.load(options.rows).astype(np.int64)).split(options.batch_size)
 optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
 warmup = max(1, len(batches) // 10)
