@@ -1,9 +1,9 @@
 """Causal attention of narrow heads, for the benches that train tiny Llamas on one thread.
 
 torch's own takes 44 ms forward and backward for 8 rows of 8 heads, 256 tokens and 8 dimensions, three quarters of
-a training step; this one a quarter of it. Same mathematics, another order of summation. `use(model)` switches a model
-of transformers to it and says what it then has: where there is no compiler, or a mask is more than causal, torch's it
-is.
+a training step; this one a quarter of that. Same mathematics, another order of summation. `use(model)` switches a model
+of transformers to it and says what it then has: where there is no compiler, or a mask is more than causal, it is
+torch's.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 The two small Llamas on TinyStories, weights of 4, 3 and 2 bits in groups of 32, every Linear of the blocks. Each way
 starts from our best PTQ (Block-AP) on rows drawn by the seed, trains with the same batches and steps, and has its best
 iterate chosen on rows held out of the training text; all of the validation text then measures it, once. Ways: `qat`
-(RECIPES), `defaults` (the settings' own: divergence from the float model alone, no average), `scales` (as `qat`,
-integers frozen), `float` (the control: the float model on its own loss), and other tools with the same rows, steps and
-loss in environments of their own.
+(RECIPES), `defaults` (the settings' own: divergence from the float model alone, no average), `scales` (as `qat`, with
+integers frozen), `float` (the control: the float model on its own loss), and other tools with the same rows, steps
+and loss in environments of their own.
 
     python bench/qat_quality.py stories260k --bits 4 3 2 --seeds 5 --out bench/results/qat_quality.json
     python bench/qat_quality.py stories260k --only qat float --bits 4 --seeds 2      runs these; shows all there is
@@ -209,8 +209,16 @@ def interval(values: Sequence[float]) -> list[float] | None:
     return [statistics.mean(values) - half, statistics.mean(values) + half]
 
 
+def both(ways: dict[str, dict[int, Result]], one: str, other: str) -> list[tuple[int, Result]]:
+    """Seeds that two ways have sound results of, with the second one's."""
+    there = ways.get(one, {})
+    return [
+        (s, r) for s, r in ways.get(other, {}).items() if s in there and "error" not in there[s] and "error" not in r
+    ]
+
+
 def summary(ways: dict[str, dict[int, Result]]) -> Result:
-    """A row a way: ratio to float, recovery paired by seed."""
+    """A row a way: ratio to float; recovery, excess over float of a rival's, all paired by seed."""
     rows: Result = {}
 
     def log(result: Result) -> float:
@@ -224,6 +232,7 @@ def summary(ways: dict[str, dict[int, Result]]) -> Result:
         ratios = [r["judged"]["ratio"] for r in sound.values()]
         row: Result = {
             "seeds": sorted(sound),
+            "commits": sorted({r["commit"] for r in sound.values()}),
             "ratio": statistics.mean(ratios),
             "ratio_interval": interval(ratios),
             "ratios": ratios,
@@ -242,6 +251,20 @@ def summary(ways: dict[str, dict[int, Result]]) -> Result:
             row[key] = statistics.mean(shares) if shares else None
             row[f"{key}_interval"] = interval(shares)
         rows[way] = row
+    for rival in RIVALS:
+        of_rival = [log(ways["qat"][s]) / log(r) for s, r in both(ways, "qat", rival) if log(r) > 0]
+        if of_rival:
+            rows["qat"][f"excess_of_{rival}"] = statistics.mean(of_rival)
+            rows["qat"][f"excess_of_{rival}_seeds"] = len(of_rival)
+            rows["qat"][f"excess_of_{rival}_interval"] = interval(of_rival)
+    shares = []
+    for seed, result in both(ways, "qat", "scales"):
+        if seed in ways.get("ptq", {}):
+            start = log(ways["ptq"][seed])
+            shares.append((start - log(result)) / (start - log(ways["qat"][seed])))
+    if shares:
+        rows["scales"] |= {"of_qat": statistics.mean(shares), "of_qat_interval": interval(shares)}
+        rows["scales"]["optimizer_of_qat"] = rows["scales"]["optimizer_bytes"] / rows["qat"]["optimizer_bytes"]
     return rows
 
 

@@ -1,7 +1,7 @@
 """NNCF's QAT with absorbable LoRA adapters on given rows: fake quantization around W + B A; dequantized weights out.
 
-Its recipe is that of its own example: nearest rounding to start with, KL to the float model, adapters at a rate and
-the scales at a tenth of it, AdamW; here with the batches, the schedule and the steps of bench/qat_quality.py. The last
+Its recipe is that of its own example: nearest rounding to start with, KL to the float model, adapters at a rate and the
+scales at a tenth of it, AdamW; here with the batches, the schedule and the steps of bench/qat_quality.py. The last
 iterate is handed back. NNCF has adapters at 4 and 8 bits alone: another width ends with its error.
 """
 
