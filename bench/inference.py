@@ -33,6 +33,7 @@ from quantailor.evaluate.speed import memory_gb_per_s
 from quantailor.formats import gguf
 from quantailor.formats.gguf_layers import with_half_scales
 from quantailor.models.prepare import pack_model, prepare
+from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.verbs.quantizing import recipe_for
 
 WORKER = Path(__file__).with_name("inference_worker.py")
@@ -60,8 +61,9 @@ def write_gguf(folder: Path, file: Path) -> None:
 
 
 def bert(work: Path) -> dict[str, Path]:
-    """BERT-base with random weights: float, w8a8 packed, and its ONNX files."""
-    places = {name: work / f"bert-{name}" for name in ("float", "w8a8", "onnx", "ort")}
+    """BERT-base with random weights: float, w8a8 packed with dynamic and with static scales, and the ONNX files of the
+    former."""
+    places = {name: work / f"bert-{name}" for name in ("float", "w8a8", "w8a8-static", "onnx")}
     if not places["float"].exists():
         torch.manual_seed(0)
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(30517))]
@@ -72,6 +74,18 @@ def bert(work: Path) -> dict[str, Path]:
         prepare(ready.model, recipe_for("w8a8", method="rtn"))
         pack_model(ready.model)
         api.save(ready, places["w8a8"])
+    if not places["w8a8-static"].exists():
+        ready = api.load(places["float"])
+        prepare(ready.model, recipe_for("w8a8-static-minmax", method="rtn"))
+        quantizers = [m for m in ready.model.modules() if isinstance(m, ActivationQuantizer)]
+        for quantizer in quantizers:
+            quantizer.start_calibration()
+        with torch.inference_mode():
+            ready.model(input_ids=(torch.arange(4 * 128) * 7919 % 30000 + 100).reshape(4, 128))
+        for quantizer in quantizers:
+            quantizer.finish_calibration()
+        pack_model(ready.model)
+        api.save(ready, places["w8a8-static"])
     if not places["onnx"].exists():
         api.export(places["w8a8"], places["onnx"], ["onnx"])
     return places
@@ -208,6 +222,7 @@ def main() -> None:
         contestants = [
             ("torch float32", ours, "bert-float32", places["float"], bound),
             ("quantailor w8a8", ours, "bert-ours", places["w8a8"], bound),
+            ("quantailor w8a8-static", ours, "bert-ours", places["w8a8-static"], bound),
             ("quantailor w8a8 in ONNX Runtime", ours, "bert-onnxruntime", places["onnx"], env),
         ]
         if o.openvino:

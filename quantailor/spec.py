@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -459,7 +460,7 @@ def from_json(data: Any) -> Any:
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if unknown := set(data) - known:
         raise UsageError(f"unknown key {sorted(unknown)[0]!r} in {tag}; it has {', '.join(sorted(known)) or 'none'}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     values = {key: from_json(value) if isinstance(value, dict) else value for key, value in data.items()}
     for key, value in values.items():
         if not _fits(value, hints[key]):
@@ -469,6 +470,11 @@ def from_json(data: Any) -> Any:
         raise UsageError(f"{tag} lacks its {sorted(missing)[0]!r}")
     result: Any = cls(**values)
     return result
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _check_not_bitsandbytes(data: dict[str, Any]) -> None:

@@ -253,6 +253,36 @@ def routes_table() -> str:
     return "\n".join(lines)
 
 
+def spread(row: dict, key: str, form: str) -> str:
+    """A figure with its interval, if it has one."""
+    if row.get(key) is None:
+        return "–"
+    low_high = row.get(f"{key}_interval")
+    return format(row[key], form) + (f" ({low_high[0]:{form}} to {low_high[1]:{form}})" if low_high else "")
+
+
+def qat_table() -> str:
+    lines = [
+        "| model | bits | way | perplexity / float | KL | recovery | against float trained as long "
+        "| optimizer | seconds | seeds |",
+        "|---|---:|---|---|---:|---|---|---:|---:|---:|",
+    ]
+    names = {"ptq": "Block-AP", "qat": "**QAT**", "scales": "**scales only**", "defaults": "**defaults**"}
+    for case in read("qat_quality")["cases"]:
+        for way, row in case["rows"].items():
+            start = f"| {case['model']} | {case['bits']} | {names.get(way, way)} "
+            if "error" in row:
+                lines.append(f"{start}| could not run | – | – | – | – | – | – |")
+                continue
+            size = f"{row['optimizer_bytes'] / 1e6:.2f} MB" if row["optimizer_bytes"] else "–"
+            figures = f"{spread(row, 'ratio', '.4f')} | {row['kl']:.4f} | {spread(row, 'recovery', '.0%')} "
+            figures += (
+                f"| {spread(row, 'recovery_control', '.0%')} | {size} | {row['seconds']:.0f} | {len(row['seeds'])} |"
+            )
+            lines.append(f"{start}| {figures}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = {
         "demo": lambda: "```\n" + table(read("demo")) + "\n```",
@@ -271,6 +301,7 @@ def main() -> None:
         "formats": export_table,
         "inference": lambda: inference_table(read("inference")),
         "routes": routes_table,
+        "qat": qat_table,
     }
     for page in ("README.md", "README.zh-CN.md", "docs/BENCHMARKS.md", "docs/FORMATS.md"):
         path = ROOT / page

@@ -37,6 +37,14 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}"}
 
 
+def groups_of(model: nn.Module, group_size: int) -> dict[str, int]:
+    """Of each Linear of the blocks: `group_size`, or the next wider one that divides its inputs."""
+    return {
+        name: next(g for g in range(group_size, layer.in_features + 1) if layer.in_features % g == 0)
+        for name, layer in block_linears(model).items()
+    }
+
+
 @dataclass
 class Job:
     """`calibration` int64 [rows, tokens]. `only`: the layers to quantize, None for all of the blocks."""

@@ -16,14 +16,19 @@ def generate(
     reference: Annotated[
         bool, typer.Option("--reference", help="multiply as `check` does, bit for bit what was trained; slower")
     ] = False,
+    cache_bits: Annotated[
+        int | None,
+        typer.Option(help="8: keys and values in int8, a quarter of their memory; else as they are"),
+    ] = None,
     json: o.JsonOption = False,
 ) -> None:
     """Continue a prompt greedily, with a float or quantized language model, and show the text as it comes.
 
     Example:  quantailor generate ./model-w4 --prompt "Once upon a time" --max-new-tokens 100
 
-    Packed weights are multiplied by the kernels that `quantailor bench` lists; logits differ from the proven ones by
-    some 1e-4 of the largest, so that now and then another word may follow.
+    Packed weights are multiplied by the kernels that `quantailor bench` lists, and blocks like Llama's answer by one
+    native call a token; logits differ from the proven ones by some 1e-4 of the largest, so that now and then another
+    word may follow. How long the warm-up took and what runs is said on stderr.
     """
     from quantailor import api
     from quantailor.models.serving import choices
@@ -38,8 +43,17 @@ def generate(
         shown.append(text)
         typer.echo(text if len(shown) > 1 else prompt + text, nl=False)
 
-    text = api.generate(ready, prompt, max_new_tokens=max_new_tokens, fast=not reference, on_text=None if json else say)
+    text = api.generate(
+        ready,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        fast=not reference,
+        cache_bits=cache_bits,
+        on_text=None if json else say,
+        on_note=lambda line: typer.echo(line, err=True),
+    )
     if json:
-        o.show({"prompt": prompt, "text": text, "max_new_tokens": max_new_tokens, "reference": reference}, text, json)
+        document = {"prompt": prompt, "text": text, "max_new_tokens": max_new_tokens, "reference": reference}
+        o.show(document | {"cache_bits": cache_bits}, text, json)
     else:
         typer.echo("" if shown else text)

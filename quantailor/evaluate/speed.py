@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from quantailor.kernels import decode
-from quantailor.kernels.ops import product_told
+from quantailor.kernels.ops import product_here
+from quantailor.models.generation import continued, decoder_of
 from quantailor.models.serving import serving
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantEmbedding, QuantLinear
@@ -99,18 +100,9 @@ def generation_speed(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float
 
 
 def generation_times(model: Any, prompt: Tensor, new_tokens: int) -> list[tuple[float, float]]:
-    """(Seconds, CPU seconds of this process) at the start and at each new token."""
+    """(Seconds, CPU seconds of this process) at the start and at each new token; a decoder is proved before that."""
     clock = _Clock()
-    model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        cache_implementation="static",
-        streamer=clock,
-    )
+    continued(model, prompt, new_tokens, clock, decoder=decoder_of(model)[0], ends=False)
     return clock.times
 
 
@@ -153,7 +145,7 @@ def _product(layer: QuantLinear, scheme: str, layers: int, rows: int) -> Product
     weight = packed.dequantize()
     ms = {"float weight": 1e3 * seconds_of(lambda: F.linear(x, weight, layer.bias))}
     if layer.scheme.input is not None:
-        takes, why = "integer product", product_told(x.device.type)
+        takes, why = "integer product", f"its inputs are integers as well, by {product_here(x.device.type)}"
         ms[takes] = 1e3 * seconds_of(lambda: layer(x))
     else:
         held = packed.stored()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from quantailor.store.jsonio import read_json, write_json
 from quantailor.store.manifest import verify, write_manifest
 from quantailor.store.publish import recover
 from quantailor.store.tensors import read_tensor
-from quantailor.store.untrusted import check_finite, scan_model_folder
+from quantailor.store.untrusted import ModelFiles, check_finite, scan_model_folder
 
 RECEIPT = "quantailor.json"
 PARITY = "parity.safetensors"
@@ -283,9 +284,8 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     folder = Path(folder)
     if not folder.exists():
         recover(folder)
-    manifest = verify(folder) if verify_hashes else {}
-    files = scan_model_folder(folder)
-    check_finite(files)
+    manifest, files, stored = _read_verified(folder, verify_hashes)
+    check_finite(files, stored)
     receipt = _read_receipt(folder)
     state = _state(receipt, folder)
     own = files.config.get("model_type") == "quantailor"
@@ -295,7 +295,6 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     task = task_of(inner)
     if task is None:
         raise UntrustedInput(f"{folder}: config.json names no architecture for language modelling or classification")
-    stored = read_tensors(files.weight_files)
     try:
         quantization, state_dict = _own_names(files.config, state, stored, own)
         _check_agreement(files.config, quantization, state, own)
@@ -331,6 +330,23 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
         receipt,
         manifest,
     )
+
+
+def _read_verified(folder: Path, verify_hashes: bool) -> tuple[dict[str, Any], ModelFiles, dict[str, Tensor]]:
+    """(manifest, files, tensors), the hashes taken while the tensors are read: nothing that was read is looked at
+    before they are known to be right, and a wrong one has the first word."""
+    if not verify_hashes:
+        files = scan_model_folder(folder)
+        return {}, files, read_tensors(files.weight_files)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        manifest = beside.submit(verify, folder)
+        try:
+            files = scan_model_folder(folder)
+            stored = read_tensors(files.weight_files)
+        except UntrustedInput:
+            manifest.result()
+            raise
+        return manifest.result(), files, stored
 
 
 def _read_receipt(folder: Path) -> dict[str, Any]:

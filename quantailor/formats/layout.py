@@ -181,8 +181,8 @@ def to_compressed_tensors(name: str, packed: Mapping[str, Tensor], scheme: Schem
 
 
 def from_compressed_tensors(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    """The inverse: buffers of a `PackedWeight`, without their prefix. Raises: KeyError naming what is missing,
-    ValueError if shapes contradict each other."""
+    """The inverse: buffers of a `PackedWeight`, without their prefix. Uses up the layer's tensors in `stored`: words
+    of 8 bits change in place. Raises: KeyError naming what is missing, ValueError if shapes contradict each other."""
     scale = stored[f"{name}.weight_scale"].float()
     if scheme.input is not None:
         return {"q": stored[f"{name}.weight"], "scale": scale}
@@ -194,8 +194,8 @@ def from_compressed_tensors(name: str, stored: Mapping[str, Tensor], scheme: Sch
     if scheme.weight.grid.bits == 8:
         if words.shape[1] != words_per_row(length, 8):
             raise ValueError(f"{name}: {words.shape[1]} words a row do not hold {length} values of 8 bits")
-        # u - 128 in 8 bits is u with its highest bit turned; `unpack` would need five times the memory on its way.
-        bytes_ = words.contiguous().view(torch.uint8) ^ 128
+        # u - 128 in 8 bits is u with its highest bit turned, where it lies: a copy would count at a model's peak.
+        bytes_ = words.contiguous().view(torch.uint8).bitwise_xor_(128)
         return {"q": bytes_.view(torch.int8)[:, :length].contiguous(), "scale": scale}
     return {"words": words, "scale": scale}
 

@@ -24,7 +24,7 @@ from quantailor.errors import UntrustedInput, UsageError
 from quantailor.models.experts import experts_of, split_experts
 from quantailor.models.points import install_points
 from quantailor.models.prepare import State
-from quantailor.models.structure import replace
+from quantailor.models.structure import replace, replace_all
 from quantailor.nn.packed import PackedWeight, QuantConv2d, QuantEmbedding, QuantLinear
 from quantailor.points import PointEntry
 from quantailor.spec import Scheme, from_json, to_json
@@ -103,6 +103,7 @@ def install_packed(model: nn.Module, config: QuantailorConfig, device: str = "me
 def _install(model: nn.Module, config: QuantailorConfig, device: str) -> None:
     schemes = [from_json(scheme) for scheme in config.schemes]
     split_experts(model, experts_of(config.layers))
+    layers: dict[str, nn.Module] = {}
     for name, layer in config.layers.items():
         try:
             old = model.get_submodule(name)
@@ -130,7 +131,8 @@ def _install(model: nn.Module, config: QuantailorConfig, device: str) -> None:
             new = QuantConv2d(scheme, weight, bias, settings)
         else:
             new = QuantLinear(scheme, weight, bias)
-        replace(model, name, new.train(old.training))
+        layers[name] = new.train(old.training)
+    replace_all(model, layers)
     for name in config.folded:
         if not isinstance(model.get_submodule(name), nn.BatchNorm2d):
             raise UntrustedInput(f"the config has {name} folded, and that is no BatchNorm2d; the folder is damaged")

@@ -1,18 +1,19 @@
-"""Few rows times packed weights of 1, 2, 4 or 8 bits, read as they are stored: what decoding a token is made of.
+"""Few rows times packed weights of 1 to 4 or 8 bits or NF4, read as they are stored: what decoding a token is made of.
 
-Inputs become integers of 16 bits, one scale to a step of 32 bytes of weights (8 bits: 32 inputs, 4 bits: 64, ...), so
-the sums are sums of integers, exact, and a result differs from the float product by 2^-16 of a step's largest input.
-The kernel is native (native/decode.c); `decode_reference` says the same in torch, for the tests. On a GPU inputs stay
-floats, since there weights are the traffic and nothing else counts (triton/decode.py). Without a kernel, or for other
-shapes, weights are dequantized a block of rows at a time (`by_blocks`), which no number of rows is too many for.
+Inputs become integers of 16 bits, one scale to a step of weights (32 bytes of them; 12 at 3 bits), so the sums are sums
+of integers, exact, and a result differs from the float product by 2^-16 of a step's largest input. NF4's levels become
+integers of 14 bits as well. The kernel is native (native/rows.c); `decode_reference` says the same in torch, for the
+tests. On a GPU inputs stay floats, since there weights are the traffic and nothing else counts (triton/decode.py).
+Without a kernel, or for other shapes, weights are dequantized a block of rows at a time (`by_blocks`), which no number
+of rows is too many for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import Structure, byref, c_double, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -24,13 +25,16 @@ from quantailor.kernels.scratch import scratch
 from quantailor.kernels.triton import library as gpu
 from quantailor.numerics.grouping import num_groups, per_element
 
-# Of 5632 x 2048, two threads with AVX2, ms by the kernel and by float blocks: 4 bits 5.5, 10.4 at 16 rows, 6.6 and 11.4
-# at 24, 17 and 16 at 64; 8 bits 9.7 and 10.5 at 24, 19 and 14 at 32. `quantailor bench` measures the shapes of a model.
-MOST_ROWS = 24
+# Of 5632 x 2048, two threads with AVX2, ms by the kernel and by float blocks: 4 bits 8.8 and 15 at 32 rows, 18 and 28
+# at 64, 26 and 33 at 96, 37 and 40 at 128; 8 bits 9.6 and 19, 20 and 22, 33 and 32, 38 and 38. `quantailor bench`
+# measures the shapes of a model.
+MOST_ROWS = 64
 # Not measured: the kernel multiplies four rows at a time and reads weights again for the next four, so that at 8 rows
 # it reads half of what a product in bfloat16 reads, and beyond it multiplies more than tensor cores would.
 MOST_ROWS_GPU = 8
 LARGEST = 32512  # 127 * 256
+LARGEST_LEVEL = 8191  # of NF4: eight products of a level and an input still fit 32 bits
+_NF4, _UNSIGNED8, _FLOAT32 = 40, 80, 320  # native/rows.h
 _BLOCK_BYTES = 8 * 2**20  # of float weights at a time: they stay in the caches, and no fresh memory is mapped for them
 
 
@@ -52,18 +56,49 @@ class StoredWeight:
 
     @property
     def step(self) -> int:
-        """Inputs whose weights fill 32 bytes."""
-        return 256 // self.bits
+        """Inputs whose weights fill 32 bytes; at 3 bits 32 of them, in 12."""
+        return 32 if self.bits == 3 else 256 // self.bits
 
     @property
     def groups(self) -> int:
         return num_groups(self.in_features, self.group_size)
 
+    @cached_property
+    def native(self) -> NativeWeight:
+        """As native code takes it: pointers into these tensors, valid as long as they are."""
+        held = (self.data, self.scale, self.zero_point, self.levels)
+        assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in held)
+        kind = self.bits
+        if self.levels is not None:
+            kind = _NF4
+        elif self.bits == 8 and self.data.dtype != torch.int8:
+            kind = _UNSIGNED8
+        stride = 0 if self.scale.shape[0] < self.data.shape[0] else self.scale.shape[1]
+        sizes = (self.data.shape[0], self.in_features, self.data.shape[1] * self.data.element_size(), stride)
+        group = self.in_features if self.groups == 1 else self.group_size
+        pointers = [None if t is None else t.data_ptr() for t in held]
+        return NativeWeight(*pointers, kind, *sizes, self.groups, group, self.move)
+
+
+class NativeWeight(Structure):
+    """`weight` of native/rows.h."""
+
+    _fields_ = [(name, c_void_p) for name in ("w", "scale", "zeros", "levels")]
+    _fields_ += [(n, c_int64) for n in ("kind", "out", "n", "row_bytes", "scale_stride", "groups", "group")]
+    _fields_ += [("c", c_double)]
+
+    @classmethod
+    def of_floats(cls, weight_ON: Tensor) -> NativeWeight:
+        """A float32 weight, which stays as it is."""
+        assert weight_ON.dtype == torch.float32 and weight_ON.is_contiguous() and weight_ON.device.type == "cpu"
+        out, length = weight_ON.shape
+        return cls(weight_ON.data_ptr(), None, None, None, _FLOAT32, out, length, 4 * length, 0, 1, length, 0.0)
+
 
 def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
     """Why no kernel for packed weights takes this product; "" where one does."""
-    if weight is None or weight.levels is not None or weight.bits not in (1, 2, 4, 8):
-        return "its grid has no kernel here (it has for uniform grids of 1, 2, 4 and 8 bits)"
+    if weight is None or weight.bits not in (1, 2, 3, 4, 8):
+        return "its grid has no kernel here (NF4 and uniform grids of 1 to 4 and 8 bits have)"
     if weight.zero_point is not None and weight.zero_point.shape[0] < weight.data.shape[0]:
         return "one zero point for the whole weight has no kernel here; a row or a group of its own has"
     on_gpu = device == ("cpu" if gpu.interprets() else "cuda")
@@ -73,12 +108,10 @@ def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
         return _why_not_on_gpu(weight, device)
     if device != "cpu":
         return f"the kernels run on a CPU or an NVIDIA GPU, and this is {device}"
-    if native.library() is None:
-        return native.why_not()
-    if not has_kernel():
-        return "this processor has no AVX2"
+    if reason := why_no_kernel():
+        return reason
     size, step = weight.group_size, weight.step
-    least = step if weight.bits == 8 else step // 8  # inputs to a lane, which has one scale
+    least = step if weight.bits == 8 else 32 if weight.levels is not None else step // 8  # what shares lanes
     if weight.groups > 1 and size is not None and size % step and (step % size or size < least):
         return f"groups of {size} do not fit steps of {step} inputs"
     return ""
@@ -90,10 +123,19 @@ def most_rows(device: str) -> int:
 
 
 def _why_not_on_gpu(weight: StoredWeight, device: str) -> str:
+    if weight.levels is not None or weight.bits == 3:
+        return "its grid has no kernel on a GPU (uniform grids of 1, 2, 4 and 8 bits have)"
     size, fields = weight.group_size, 32 // weight.bits
     if weight.groups > 1 and size is not None and size % fields:
         return f"groups of {size} do not fit words of {fields} weights"
     return gpu.why_not(device)
+
+
+def why_no_kernel() -> str:
+    """Why this machine has no native kernel for packed weights; "" where it has one."""
+    if native.library() is None:
+        return native.why_not()
+    return "" if has_kernel() else "this processor has no AVX2 with FMA and BMI2"
 
 
 def has_kernel() -> bool:
@@ -113,36 +155,21 @@ def decode_linear(
         result: Tensor = gpu.kernels().decode_linear(x_TN.detach(), *grid, bias, dtype)
         return result
     x = x_TN.detach().float().contiguous()
-    rows, length = x.shape
-    data, groups = weight.data, weight.groups
-    out = data.shape[0]
-    y = torch.empty(rows, out)
+    y = torch.empty(x.shape[0], weight.data.shape[0])
     bias = None if bias is None else bias.float().contiguous()
-    held = (data, weight.scale, weight.zero_point, bias)
-    assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in held)
-    failed = _kernel()(
-        *(x.data_ptr(), rows, length, data.data_ptr(), data.shape[1] * data.element_size(), weight.bits),
-        *(data.dtype != torch.int8, weight.scale.data_ptr()),
-        *(0 if weight.scale.shape[0] < out else weight.scale.shape[1], weight.move),
-        *(None if weight.zero_point is None else weight.zero_point.data_ptr(), groups),
-        *(length if groups == 1 else weight.group_size, None if bias is None else bias.data_ptr(), y.data_ptr(), out),
-    )
-    if failed:
-        raise MemoryError(f"no memory for {rows} rows of {length} inputs as integers")
+    places = (None if bias is None else bias.data_ptr(), y.data_ptr())
+    if _kernel()(x.data_ptr(), x.shape[0], byref(weight.native), *places):
+        raise MemoryError(f"no memory for {x.shape[0]} rows of {x.shape[1]} inputs as integers")
     return y.to(dtype)
 
 
 @cache
 def _kernel() -> Any:
-    """The native function with its types told once: converting sixteen arguments by hand takes as long as the product
-    of a small layer (native/library.py, `call`)."""
+    """The native function with its types told once."""
     lib = native.library()
     assert lib is not None, native.why_not()
-    number, place = c_int64, c_void_p
-    function = lib.decode
-    function.argtypes = [place, number, number, place, number, number, number, place, number, c_float, place]
-    function.argtypes += [number, number, place, place, number]
-    return function
+    lib.decode.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
+    return lib.decode
 
 
 def rows_as_floats(weight: StoredWeight, rows: slice) -> Tensor:
@@ -189,9 +216,12 @@ def decode_reference(x_TN: Tensor, u_ON: Tensor, weight: StoredWeight, bias: Ten
     x_hat = (x_int.double() * scale.double()).flatten(1)[:, :length]
     x_hat[~torch.isfinite(x_TN.float()).all(1)] = torch.nan
     zero, move = weight.zero_point, torch.tensor(weight.move)
+    values = u_ON.double()
+    if weight.levels is not None:
+        values = (torch.round(weight.levels * LARGEST_LEVEL) / LARGEST_LEVEL).double()[u_ON]
     if zero is not None:
         move = -per_element(zero.double(), length, group)
     scales = weight.scale.double().expand(u_ON.shape[0], -1)
-    w_hat = (u_ON.double() + move.double()) * per_element(scales, length, group)
+    w_hat = (values + move.double()) * per_element(scales, length, group)
     y = x_hat @ w_hat.t()
     return y if bias is None else y + bias.double()

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantailor.kernels import tiles
+from quantailor.kernels import panels, tiles
+from quantailor.kernels.native import library as native
 from quantailor.kernels.operators import opaque
 from quantailor.kernels.triton import library as gpu
 from quantailor.numerics.grouping import from_groups, to_groups
@@ -79,24 +80,16 @@ def has_integer_product(grid: Grid) -> bool:
     return not isinstance(grid, NF4) and not (isinstance(grid, Int) and grid.qmax > 127)
 
 
-def product_told(device: str) -> str:
-    """What `int_linear` takes on a device of this type, in words; on a GPU with the reason why not our kernel."""
-    if device != "cuda":
-        return "its inputs are integers as well"
-    reason = gpu.why_not(device)
-    return f"its inputs are integers as well; {'torch multiplies: ' + reason if reason else 'scales in its epilogue'}"
-
-
 def int_matmul(x_q_TN: Tensor, w_q_ON: Tensor) -> Tensor:
     """int8 [T, N] x int8 [O, N]^T -> float32 [T, O] of an exact int32 sum.
 
     On a GPU (where our own kernel does not run: kernels/triton) `torch._int_mm` wants more than 16 rows and multiples
     of 8; other shapes go through float64, which is exact as well (products below 2^14, sums below 2^53). On a processor
     without an instruction for int8 products it is a plain loop, at 1/25 of the speed of exact float sums (measured with
-    AVX2, 512 x 384 x 1536).
+    AVX2, 512 x 384 x 1536); there our own panels do it, or float sums where these are not to be had.
     """
-    if x_q_TN.device.type == "cpu" and not _multiplies_int8():
-        return float_matmul(x_q_TN, w_q_ON)
+    if x_q_TN.device.type == "cpu" and not multiplies_int8():
+        return (panels.panel_product if panels.fits(x_q_TN, w_q_ON) else float_matmul)(x_q_TN, w_q_ON)
     fits = x_q_TN.shape[0] > 16 and x_q_TN.shape[1] % 8 == 0 and w_q_ON.shape[0] % 8 == 0
     if x_q_TN.device.type == "cpu" or fits:
         return torch._int_mm(x_q_TN.contiguous(), w_q_ON.t()).float()
@@ -104,8 +97,20 @@ def int_matmul(x_q_TN: Tensor, w_q_ON: Tensor) -> Tensor:
 
 
 @functools.cache
-def _multiplies_int8() -> bool:
+def multiplies_int8() -> bool:
+    """Whether this processor has an instruction for int8 products that torch or our tiles use."""
     return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def product_here(device: str = "cpu") -> str:
+    """Which exact product of int8 a device of this type takes here, with the reason where it is not our fastest."""
+    if device == "cuda":
+        return "our GPU kernel" if not (reason := gpu.why_not(device)) else f"torch's products ({reason})"
+    if native.has_tiles():
+        return "AMX tiles"
+    if multiplies_int8():
+        return "torch's int8 product"
+    return "AVX2 panels" if not (reason := panels.why_not()) else f"exact float sums ({reason})"
 
 
 def float_matmul(x_q_TN: Tensor, w_q_ON: Tensor) -> Tensor:
@@ -143,11 +148,15 @@ def int_linear(
         sides = (flat, x_scale, weight.q, weight.scale, weight.shift, of_input, of_weight)
         y = gpu.kernels().int_linear(*sides, floats, bias, dtype)
         return y.reshape(*x.q.shape[:-1], y.shape[1])
-    if matmul is None and of_input is None and x.columns is None and tiles.fits(flat, weight.q, of_weight):
-        in_bf16 = dtype == torch.bfloat16
-        w = weight
-        y = tiles.tile_linear(flat, x.scale.reshape(-1), w.q, w.scale, w.shift, of_weight, bias, in_bf16).to(dtype)
-        return y.reshape(*x.q.shape[:-1], y.shape[1])
+    if matmul is None and of_input is None and x.columns is None:
+        parts = (flat, x.scale.reshape(-1), weight.q, weight.scale, weight.shift, of_weight, bias)
+        if tiles.fits(flat, weight.q, of_weight):
+            y = tiles.tile_linear(*parts, dtype == torch.bfloat16).to(dtype)
+            return y.reshape(*x.q.shape[:-1], y.shape[1])
+        if not multiplies_int8() and panels.fits(flat, weight.q):
+            kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+            y = panels.panel_linear(*parts, out=torch.empty((flat.shape[0], weight.q.shape[0]), dtype=kind)).to(dtype)
+            return y.reshape(*x.q.shape[:-1], y.shape[1])
     x_scale = x.scale.reshape(-1, x.scale.shape[-1])  # [T, G], [T, 1] or [1, 1]
     y = torch.empty((flat.shape[0], weight.q.shape[0]), dtype=dtype, device=flat.device)
     floats = None if x.columns is None else _float_columns(x, weight)

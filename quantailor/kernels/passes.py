@@ -52,6 +52,41 @@ def quantize_tokens(x: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def quantize_values(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    """numerics.affine.quantize on a symmetric grid in one pass: x float32 [*], scale [1] -> int8 [*]."""
+    x = x.contiguous()
+    if x.dtype != torch.float32 or not _usable(x):
+        return affine.quantize(x.float(), scale, 0, qmin, qmax)
+    q = torch.empty_like(x, dtype=torch.int8)
+    inverse = float(scale.reciprocal())
+    native.call("quantize_values_f32", x, x.numel(), inverse, c_int32(qmin), c_int32(qmax), q)
+    return q
+
+
+def add_norm(
+    y: Tensor,
+    residual: Tensor,
+    norm: torch.nn.LayerNorm,
+    qmin: int,
+    qmax: int,
+    scale: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """norm(y + residual) into `out` [T, N], and what the next product takes of it: q int8 [T, N] and its scale, the
+    static `scale` [1] given or, where it is None, one found a token [T, 1]. All float32 and contiguous.
+    """
+    if not _usable(y, residual, norm.weight, norm.bias, out) or {y.dtype, residual.dtype, out.dtype} != {torch.float32}:
+        out.copy_(norm(y + residual))
+        return (quantize_tokens(out, qmin, qmax)) if scale is None else (quantize_values(out, scale, qmin, qmax), scale)
+    rows, length = y.shape
+    q = torch.empty((rows, length), dtype=torch.int8)
+    found = torch.empty((rows, 1)) if scale is None else scale
+    parts = (norm.weight.detach(), norm.bias.detach(), float(norm.eps), out, q, None if scale is not None else found)
+    inverse = 0.0 if scale is None else float(scale.reciprocal())
+    native.call("add_norm_f32", y, residual, rows, length, *parts, inverse, c_int32(qmin), c_int32(qmax))
+    return q, found
+
+
 def _like_weight(w: Tensor, *_: object) -> Tensor:
     return torch.empty_like(w, dtype=torch.int8)
 

@@ -2,7 +2,8 @@
 
 Outside, packed layers run as `check` proves them, bit for bit what was trained. Inside, a layer whose weight alone is
 quantized multiplies few rows by the kernel that reads packed weights (kernels/decode.py), many by floats a block at a
-time: the same integers, and logits within some 1e-4 of the largest, since a CPU holds inputs in 16 bits.
+time, and a block like Llama's answers for one token by one native call (decoding.py): the same integers, and logits
+within some 1e-4 of the largest, since a CPU holds inputs in 16 bits.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from quantailor.kernels import decode
-from quantailor.kernels.ops import product_told
+from quantailor.kernels import decode, ops
+from quantailor.models import decoding
+from quantailor.models.encoding import encoding, why_not_encoded
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantLinear
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers of one kind, what few rows take there ("packed kernel", "float blocks", "integer product"), and why."""
+    """Layers of one kind, what few rows take there ("packed kernel", "float blocks", "integer product",
+    "encoder block"), and why."""
 
     scheme: str
     layers: int
@@ -36,19 +39,26 @@ def serving(model: nn.Module) -> Iterator[list[Choice]]:
     for layer in layers:
         layer.serves, layer.held = True, layer.packed.stored()
     try:
-        yield choices(model)
+        decoding.install(model)
+        with encoding(model) as encoded:
+            yield choices(model, encoded)
     finally:
+        decoding.remove(model)
         for layer in layers:
             layer.serves, layer.held = False, None
 
 
-def choices(model: nn.Module) -> list[Choice]:
-    """What one row would take in each kind of packed linear layer."""
+def choices(model: nn.Module, encoded: dict[int, str] | None = None) -> list[Choice]:
+    """What one row would take in each kind of packed linear layer. `encoded`: as models/encoding.py found it."""
+    encoded = why_not_encoded(model) if encoded is None else encoded
     found: dict[tuple[str, str, str], int] = {}
     for _, layer in modules_of(model, QuantLinear):
         device = layer.packed.scales().device.type
         if layer.scheme.input is not None:
-            key = (str(layer.scheme), "integer product", product_told(device))
+            reason = encoded.get(id(layer), "it stands in no block")
+            few = "integer product" if reason else "encoder block"
+            how = f"its inputs are integers as well, by {ops.product_here(device)}"
+            key = (str(layer.scheme), few, how + (f"; floats between products: {reason}" if reason else ""))
         else:
             reason = decode.why_not(layer.packed.stored(), 1, device)
             few = "float blocks" if reason else "packed kernel"

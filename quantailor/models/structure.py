@@ -6,7 +6,7 @@ name. A model without such lists is one block: itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,10 +28,15 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` wherever the module called `name` hangs: a shared one stays shared."""
-    old = model.get_submodule(name)
+    replace_all(model, {name: new})
+
+
+def replace_all(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """`replace` for each of these names, in one walk through the model. None may lie within another."""
+    instead = {id(model.get_submodule(name)): module for name, module in new.items()}
     for parent in list(model.modules()):
-        for child in [child for child, module in parent._modules.items() if module is old]:
-            setattr(parent, child, new)
+        for child in [child for child, module in parent._modules.items() if id(module) in instead]:
+            setattr(parent, child, instead[id(parent._modules[child])])
 
 
 def modules_of(model: nn.Module, kinds: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:

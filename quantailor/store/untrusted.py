@@ -5,7 +5,7 @@ names, links, limits and headers are looked at here first, and only what passes 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +80,8 @@ def scan_model_folder(folder: Path, *, follow_symlinks: bool = False, weights_na
     return ModelFiles(folder, config, files, dict(sorted(tensors.items())))
 
 
-def check_finite(files: ModelFiles) -> None:
-    """Look once at every float weight, a chunk at a time.
+def check_finite(files: ModelFiles, held: "Mapping[str, Tensor] | None" = None) -> None:
+    """Look once at every float weight, a chunk at a time: in `held` where they are read already, else in the files.
 
     Raises: UntrustedInput naming the first tensor, in order of file and name, that holds a NaN or an infinity.
     """
@@ -92,17 +92,25 @@ def check_finite(files: ModelFiles) -> None:
             for name, fact in sorted(files.tensors.items())
             if fact.file == path and fact.dtype.startswith(("F64", "F32", "F16", "BF16", "F8", "C64"))
         ]
+        if held is not None:
+            for name in names:
+                _check_tensor(path, name, held[name])
+            continue
         try:
             for some in _together(names, files.tensors):
                 with safe_open(path, framework="pt") as file:
                     for name in some:
-                        if found := _first_not_finite(file.get_tensor(name)):
-                            raise UntrustedInput(
-                                f"{shown(path)} has {found[1]} in tensor {shown(name)} at element {found[0]}, counted "
-                                "flat, and one such weight spoils every answer; use a sound copy"
-                            )
+                        _check_tensor(path, name, file.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise UntrustedInput(f"{shown(path)} cannot be read ({shown(error)}); download or copy it again") from error
+
+
+def _check_tensor(path: Path, name: str, tensor: "Tensor") -> None:
+    if found := _first_not_finite(tensor):
+        raise UntrustedInput(
+            f"{shown(path)} has {found[1]} in tensor {shown(name)} at element {found[0]}, counted flat, and one such "
+            "weight spoils every answer; use a sound copy"
+        )
 
 
 def _together(names: list[str], tensors: dict[str, TensorFact]) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from quantailor.evaluate.adequacy import Adequacy, Solve, examine
 from quantailor.evaluate.parity import Parity, compare
 from quantailor.evaluate.run import evaluate as measure
 from quantailor.formats import folder as folders
+from quantailor.models.generation import continued, decoder_of
 from quantailor.models.loading import (
     device_of,
 )
@@ -165,12 +167,16 @@ def generate(
     *,
     max_new_tokens: int = 64,
     fast: bool = False,
+    cache_bits: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> str:
     """Greedy text from a language model: the prompt and what follows it.
 
-    `fast`: products of packed weights by shape (models/serving.py) and a cache of keys and values laid out once;
-    without it, the path that `check` proves. `on_text` gets what follows the prompt as it comes, some words at a time.
+    `fast`: products of packed weights by shape (models/serving.py), decoder blocks by native calls (models/decoding.py)
+    and a cache of keys and values laid out once; without it, the path that `check` proves. `cache_bits` 8: keys and
+    values in int8. `on_text` gets what follows the prompt as it comes, some words at a time; `on_note` gets a line on
+    the warm-up and on what runs.
     """
     ready = as_model(model)
     if ready.task != "lm":
@@ -192,15 +198,23 @@ def generate(
     pad = ready.tokenizer.pad_token_id if ready.tokenizer.pad_token_id is not None else ready.tokenizer.eos_token_id
     ids = ids.to(device_of(ready.model))
     streamer = None if on_text is None else _Told(ready.tokenizer, on_text)
+    decoder = None
     with torch.inference_mode(), serving(ready.model) if fast else nullcontext():
-        output = ready.model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            streamer=streamer,
-            **({"cache_implementation": "static"} if fast else {}),
+        if fast:
+            start = time.perf_counter()
+            decoder, why = decoder_of(ready.model)
+            if on_note is not None:
+                way = f"through transformers' own loop: {why}" if why else "one native call a block and token"
+                on_note(f"warmed up in {time.perf_counter() - start:.1f} s; {way}")
+        output = continued(
+            ready.model,
+            ids,
+            max_new_tokens,
+            streamer,
+            decoder=decoder,
+            cache_bits=cache_bits,
+            laid_out=fast,
+            pad=pad or 0,
         )
     return str(ready.tokenizer.decode(output[0], skip_special_tokens=True))
 

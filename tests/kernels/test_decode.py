@@ -1,6 +1,8 @@
 """The kernel that reads packed weights, against its formula in torch; sizes cross steps, groups, lanes and rows."""
 
+import ctypes
 import dataclasses
+import mmap
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from quantailor.kernels.decode import StoredWeight, by_blocks, decode_linear, de
 from quantailor.kernels.native import library as native
 from quantailor.nn.packed import packed
 from quantailor.numerics.grouping import num_groups, per_element
+from quantailor.numerics.nf4 import LEVELS
 from quantailor.numerics.packing import pack
 from tests.nn.layers import linear, quantized
 
 SIZES = [(1, 64, 3, None), (1, 100, 5, 32), (3, 257, 17, 32), (2, 2048, 9, 32), (8, 640, 33, 64), (4, 1000, 7, 128)]
 SIZES += [(1, 1, 1, None), (5, 256, 2, 256), (2, 300, 4, 32), (1, 31, 3, 64), (2, 96, 6, 8), (2, 513, 3, 16)]
+SIZES += [(1, 127, 6, 4), (2, 192, 21, 64)]
 
 needs_kernel = pytest.mark.skipif(
     native.library() is None or not decode.has_kernel(), reason="no compiler, or no AVX2: there is no kernel to test"
@@ -27,10 +31,11 @@ def drawn(bits, length, rows, group_size, kind, seed=0):
     groups = num_groups(length, group_size)
     low, high = (-128, 128) if kind == "signed" else (0, 2**bits)
     u = torch.randint(low, high, (rows, length))
+    levels = torch.tensor(LEVELS) if kind == "levels" else None
     zero = torch.randint(0, 2**bits, (rows, groups), dtype=torch.uint8) if kind == "zero points" else None
     data = u.to(torch.int8) if kind == "signed" else pack(u, bits)
     move = 0.5 - 2 ** (bits - 1) if kind == "moved" else 0.0
-    return u, StoredWeight(data, torch.rand(rows, groups) - 0.3, bits, length, group_size, move, zero)
+    return u, StoredWeight(data, torch.rand(rows, groups) - 0.3, bits, length, group_size, move, zero, levels)
 
 
 def spread(tokens, length):
@@ -53,13 +58,13 @@ def magnitude(x, u, weight):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("bits", "kind"),
-    [(b, k) for b in (1, 2, 4, 8) for k in ("moved", "zero points")] + [(8, "signed")],
+    [(b, k) for b in (1, 2, 3, 4, 8) for k in ("moved", "zero points")] + [(8, "signed"), (4, "levels")],
 )
 def test_equal_to_the_formula(bits, kind, size):
     tokens, length, rows, group = size
     u, weight = drawn(bits, length, rows, group, kind)
     if reason := why_not(weight, tokens, "cpu"):
-        assert "do not fit steps" in reason and group < 32 * 8 // bits
+        assert "do not fit steps" in reason and group < max(weight.step, 64)
         return
     x, bias = spread(tokens, length), torch.randn(rows)
     for added in (None, bias):
@@ -69,7 +74,7 @@ def test_equal_to_the_formula(bits, kind, size):
 
 
 @needs_kernel
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_integers_in_are_exact_sums_out(bits):
     """Inputs that 16 bits hold and scales that are powers of two: not a bit may be lost."""
     u, weight = drawn(bits, 512, 40, None, "signed" if bits == 8 else "moved")
@@ -82,7 +87,7 @@ def test_integers_in_are_exact_sums_out(bits):
 
 @needs_kernel
 def test_extremes_do_not_overflow():
-    for bits in (1, 2, 4, 8):
+    for bits in (1, 2, 3, 4, 8):
         for sign in (1.0, -1.0):
             u = torch.full((5, 1024), 2**bits - 1)
             weight = StoredWeight(pack(u, bits), torch.ones(5, 1), bits, 1024, None)
@@ -120,6 +125,35 @@ def test_threads_and_half_precision_change_nothing():
 
 
 @needs_kernel
+def test_extremes_of_nf4_do_not_overflow():
+    weight = StoredWeight(
+        pack(torch.full((5, 1024), 15), 4), torch.ones(5, 1), 4, 1024, None, levels=torch.tensor(LEVELS)
+    )
+    assert torch.allclose(decode_linear(torch.full((1, 1024), 3.0), weight), torch.full((1, 5), 3072.0), rtol=1e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["moved", "zero points"])
+def test_nothing_is_read_beyond_the_last_row(bits, kind):
+    """The weight's last bytes are the last of a page, and the page behind it may not be read."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page = mmap.PAGESIZE
+    weight = drawn(bits, 300, 7, 32, kind)[1]
+    if why_not(weight, 1, "cpu"):
+        pytest.skip("groups of 32 have no kernel at these bits")
+    room = mmap.mmap(-1, 4 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert libc.mprotect(start + 3 * page, page, 0) == 0  # PROT_NONE
+    size = weight.data.numel() * 4
+    held = torch.frombuffer(room, dtype=torch.uint8, count=3 * page)[3 * page - size :].view(torch.int32)
+    held.copy_(weight.data.flatten())
+    moved = dataclasses.replace(weight, data=held.view(weight.data.shape))
+    assert torch.equal(decode_linear(torch.ones(2, 300), moved), decode_linear(torch.ones(2, 300), weight))
+
+
+@needs_kernel
 def test_one_scale_for_a_whole_weight():
     u, weight = drawn(8, 128, 9, None, "signed")
     weight = dataclasses.replace(weight, scale=torch.tensor([[0.03]]))
@@ -136,6 +170,7 @@ def test_one_zero_point_for_all_rows_is_not_read_as_one_a_row():
 def test_reasons_not_to():
     _, weight = drawn(4, 64, 3, 32, "moved")
     assert "no kernel here" in why_not(None, 1, "cpu")
+    assert "no kernel here" in why_not(drawn(5, 64, 3, 32, "moved")[1], 1, "cpu")
     assert f"{decode.MOST_ROWS + 1} rows" in why_not(weight, decode.MOST_ROWS + 1, "cpu")
     assert "this is mps" in why_not(weight, 1, "mps")
 

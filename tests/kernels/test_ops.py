@@ -28,7 +28,7 @@ def draw(rows, length, group_size, shifted, per_tensor=False):
 
 @pytest.mark.parametrize("has_instruction", [True, False])
 def test_processors_without_an_int8_instruction_get_the_same_sums(monkeypatch, has_instruction):
-    monkeypatch.setattr(ops, "_multiplies_int8", lambda: has_instruction)
+    monkeypatch.setattr(ops, "multiplies_int8", lambda: has_instruction)
     x, w = (torch.randint(-128, 128, (n, 1500), dtype=torch.int8) for n in (9, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which is not to round integers
         assert torch.equal(int_matmul(x, w), (x.long() @ w.long().t()).float())

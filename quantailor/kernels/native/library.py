@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-SOURCES = ("passes.c", "gemm.c", "decode.c", "dequantize.c")
+SOURCES = ("passes.c", "gemm.c", "panels.c", "rows.c", "decode.c", "block.c", "dequantize.c")
+HEADERS = ("rows.h",)
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp"),
     "-ffp-contract=off",  # a fused multiply-add would round once where torch rounds twice
@@ -53,7 +54,7 @@ def _built() -> Path:
     here = Path(__file__).parent
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256()
-    sources = [here.joinpath(name).read_bytes() for name in SOURCES]
+    sources = [here.joinpath(name).read_bytes() for name in (*HEADERS, *SOURCES)]
     for part in (*sources, *(text.encode() for text in (*FLAGS, version, _processor()))):
         digest.update(part)
         digest.update(b"\0")

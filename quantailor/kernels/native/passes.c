@@ -62,6 +62,56 @@ static inline float symmetric_scale(float largest, int qmin, int qmax) {
 QUANTIZE_TOKENS(quantize_tokens_f32, float, SAME)
 QUANTIZE_TOKENS(quantize_tokens_bf16, bf16, from_bf16)
 
+// numerics.affine.quantize on a symmetric grid of one scale, of which `inverse` is the reciprocal: x -> q.
+void quantize_values_f32(const float *x, int64_t count, float inverse, int32_t qmin, int32_t qmax, int8_t *q) {
+    int64_t run = 1 << 14;
+    _Pragma("omp parallel for schedule(static)") for (int64_t start = 0; start < count; start += run) {
+        int64_t end = start + run < count ? start + run : count;
+        _Pragma("omp simd") for (int64_t i = start; i < end; i++) {
+            q[i] = (int8_t)(int32_t)clampf(__builtin_rintf(x[i] * inverse), (float)qmin, (float)qmax);
+        }
+    }
+}
+
+// h = LayerNorm(y + residual) [T, N], and its integers q [T, N] for the next product: on the grid whose reciprocal
+// `inverse` is, or with `inverse` 0 on one of each token's own, its scale to `scale` [T], as quantize_tokens finds it.
+void add_norm_f32(const float *y, const float *residual, int64_t rows, int64_t n, const float *gamma, const float *beta,
+                  float epsilon, float *h, int8_t *q, float *scale, float inverse, int32_t qmin, int32_t qmax) {
+    _Pragma("omp parallel for schedule(static)") for (int64_t t = 0; t < rows; t++) {
+        const float *a = y + t * n, *b = residual + t * n;
+        float *to = h + t * n, sum = 0.0f, squares = 0.0f, largest = 0.0f;
+        int8_t *out = q + t * n;
+        int32_t broken = 0;
+        _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; i++) {
+            to[i] = a[i] + b[i];
+            sum += to[i];
+        }
+        float mean = sum / (float)n;
+        _Pragma("omp simd reduction(+ : squares)") for (int64_t i = 0; i < n; i++) {
+            float d = to[i] - mean;
+            squares += d * d;
+        }
+        float by = 1.0f / sqrtf(squares / (float)n + epsilon);
+        _Pragma("omp simd reduction(max : largest) reduction(| : broken)") for (int64_t i = 0; i < n; i++) {
+            to[i] = (to[i] - mean) * by * gamma[i] + beta[i];
+            float size = fabsf(to[i]);
+            largest = size > largest ? size : largest;
+            broken |= !(size <= FLT_MAX);
+        }
+        if (inverse != 0.0f) {
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {
+                out[i] = (int8_t)(int32_t)clampf(__builtin_rintf(to[i] * inverse), (float)qmin, (float)qmax);
+            }
+            continue;
+        }
+        float s = symmetric_scale(largest, qmin, qmax);
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {
+            out[i] = (int8_t)(int32_t)clampf(__builtin_rintf(to[i] / s), (float)qmin, (float)qmax);
+        }
+        scale[t] = broken ? NAN : s;
+    }
+}
+
 // numerics.grids.encode on uniform grids: w [O, N], scale [O, G], zero_point [O, G] or NULL -> q [O, N].
 void quantize_weight_f32(const float *w, int64_t out, int64_t n, int64_t group, const float *scale,
                          const int32_t *zero_point, float offset, int32_t qmin, int32_t qmax, int8_t *q) {

@@ -28,7 +28,7 @@ def test_switched_off(monkeypatch):
     assert not gpu.takes(torch.ones(2))
     _, weight = drawn(4, 64, 3, 32, "moved")
     assert decode.why_not(weight, 1, "cuda") == gpu.why_not("cuda")
-    assert ops.product_told("cuda").endswith("torch multiplies: QUANTAILOR_TRITON=0 switches our GPU kernels off")
+    assert ops.product_here("cuda") == "torch's products (QUANTAILOR_TRITON=0 switches our GPU kernels off)"
 
 
 def test_not_installed(monkeypatch):
@@ -93,4 +93,4 @@ def test_a_cpu_is_told_as_before(monkeypatch):
     _, weight = drawn(4, 64, 3, 32, "moved")
     assert decode.why_not(weight, 1, "cpu") == "no C compiler was found"
     assert decode.why_not(weight, 1, "mps") == "the kernels run on a CPU or an NVIDIA GPU, and this is mps"
-    assert ops.product_told("cpu") == "its inputs are integers as well"
+    assert ops.product_here() == ops.product_here("cpu") != ops.product_here("cuda")
