@@ -24,6 +24,7 @@ from quantailor.evaluate.speed import Product, Speed
 from quantailor.formats import engines
 from quantailor.kernels.native import library as native
 from quantailor.models.dequantize import dequantize_model
+from quantailor.models.generation import decoder_of, told
 from quantailor.models.serving import serving
 from quantailor.progress import Progress
 from quantailor.verbs.exporting import export
@@ -64,6 +65,7 @@ class Bench:
     load: float
     rounds: int
     left_out: dict[str, str]
+    decoding: str = ""  # how a token is made, of a language model
 
     @property
     def fastest(self) -> dict[str, str]:
@@ -87,6 +89,7 @@ class Bench:
             "products": [dataclasses.asdict(p) | {"is_fastest": p.is_fastest} for p in self.products],
             "memory_gb_per_s": self.memory_gb_per_s,
             "native_kernels": self.native,
+            "decoding": self.decoding,
             "threads": self.threads,
             "load_before": self.load,
             "rounds": self.rounds,
@@ -149,6 +152,10 @@ def bench(
         rows_of_shapes = (1, prompt_tokens) if ready.task == "lm" else tuple(b * prompt_tokens for b in batches)
         products = speed.products(ready.model, tuple(dict.fromkeys(rows_of_shapes)))
     decodes = ready.task == "lm"
+    way = ""
+    if decodes:
+        with torch.inference_mode(), serving(ready.model):
+            way = told(decoder_of(ready.model)[1])
     return Bench(
         ready.task,
         str(ready.state.scheme) if ready.state is not None else "",
@@ -160,6 +167,7 @@ def bench(
         load,
         rounds,
         left_out,
+        way,
     )
 
 
