@@ -8,19 +8,18 @@ iterate is handed back. NNCF has adapters at 4 and 8 bits alone: another width e
 import argparse
 import copy
 import json
-import math
 from importlib import metadata
 from pathlib import Path
 
 import nncf
 import numpy as np
 import torch
-import torch.nn.functional as F
 from job import block_linears, groups_of
 from nncf.parameters import BackupMode, CompressionFormat, CompressWeightsMode
 from nncf.quantization.advanced_parameters import AdvancedCompressionParameters
 from nncf.torch.function_hook.wrapper import get_hook_storage
 from nncf.torch.quantization.layers import SymmetricLoraQuantizer
+from qat_loop import steps
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -67,30 +66,8 @@ for name, module in get_hook_storage(model).named_hooks():
         scales += [value for key, value in module.get_trainable_params().items() if key not in own]
 groups = [{"params": adapters}, {"params": scales, "lr": options.learning_rate / 10}]
 optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=options.learning_rate)
-warmup = max(1, len(batches) // 10)
+steps(model, teacher, batches, optimizer, options.task_weight)
 
-
-def rate(step: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, len(batches) - warmup)))
-
-
-schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-model.train()
-for rows in batches:
-    with torch.no_grad():
-        target = F.log_softmax(teacher(input_ids=rows).logits[:, :-1].flatten(0, 1), dim=-1)
-    found = F.log_softmax(model(input_ids=rows).logits[:, :-1].flatten(0, 1), dim=-1)
-    loss = F.kl_div(found, target, log_target=True, reduction="batchmean")
-    if options.task_weight:
-        loss = loss + options.task_weight * F.nll_loss(found, rows[:, 1:].flatten())
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    schedule.step()
-
-model.eval()
 weights = {name: p.detach().float().contiguous().clone() for name, p in teacher.named_parameters()}
 done = []
 with torch.no_grad():

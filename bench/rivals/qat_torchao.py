@@ -8,15 +8,14 @@ the next wider ones that do. The last iterate is handed back.
 import argparse
 import copy
 import json
-import math
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from job import groups_of
+from qat_loop import steps
 from safetensors.torch import save_file
 from torchao.quantization import quantize_
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -46,31 +45,8 @@ for size in sorted(set(sizes.values())):
     quantize_(model, prepare, filter_fn=lambda module, name, size=size: sizes.get(name) == size)
 batches = torch.from_numpy(np.load(options.rows).astype(np.int64)).split(options.batch_size)
 optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-warmup = max(1, len(batches) // 10)
+steps(model, teacher, batches, optimizer, options.task_weight, 1.0)
 
-
-def rate(step: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, len(batches) - warmup)))
-
-
-schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-model.train()
-for rows in batches:
-    with torch.no_grad():
-        target = F.log_softmax(teacher(input_ids=rows).logits[:, :-1].flatten(0, 1), dim=-1)
-    found = F.log_softmax(model(input_ids=rows).logits[:, :-1].flatten(0, 1), dim=-1)
-    loss = F.kl_div(found, target, log_target=True, reduction="batchmean")
-    if options.task_weight:
-        loss = loss + options.task_weight * F.nll_loss(found, rows[:, 1:].flatten())
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-
-model.eval()
 weights = {}
 for name, module in model.named_modules():
     quantizer = getattr(module, "weight_fake_quantizer", None)

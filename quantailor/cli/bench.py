@@ -96,5 +96,6 @@ def _text(found: Bench) -> str:
     lines += [f"{name}: {reason}" for name, reason in found.left_out.items()]
     machine = f"{found.threads} threads, memory reads {found.memory_gb_per_s:.1f} GB/s, load before {found.load:.1f}"
     lines.append(f"own kernels: {found.native}; {machine}")
+    lines += [f"decoding: {found.decoding}"] if found.decoding else []
     lines += [f"fastest {counted}: {engine}" for counted, engine in found.fastest.items()]
     return "\n".join(lines)

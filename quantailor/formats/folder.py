@@ -343,7 +343,7 @@ def _read_verified(folder: Path, verify_hashes: bool) -> tuple[dict[str, Any], M
         try:
             files = scan_model_folder(folder)
             stored = read_tensors(files.weight_files)
-        except UntrustedInput:
+        except Exception:
             manifest.result()
             raise
         return manifest.result(), files, stored

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantailor.kernels.native import library as native
-from quantailor.numerics.grouping import num_groups, to_groups
+from quantailor.kernels.tiles import by_group
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu")  # in the order in which native/panels.c numbers them
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -61,14 +61,10 @@ def panel_linear(
     Raises: MemoryError where a thread finds no room for its rows.
     """
     rows, length = x_q.shape
-    outputs, groups = w_q.shape[0], num_groups(length, group_size)
+    outputs = w_q.shape[0]
     size = length if group_size is None else min(group_size, length)
     x_q, w_q = (t if t.stride(1) == 1 else t.contiguous() for t in (x_q, w_q))
-    w_scale = w_scale.expand(outputs, groups).contiguous()
-    sums = None
-    if shift is not None:
-        shift = shift.expand(outputs, groups).contiguous()
-        sums = to_groups(x_q, size).sum(-1, dtype=torch.float32).contiguous()
+    w_scale, shift, sums = by_group(x_q, w_scale, shift, outputs, size)
     bias = None if bias is None else bias.float().contiguous()
     x_scale = x_scale.contiguous()
     y = torch.empty(rows, outputs) if out is None else out

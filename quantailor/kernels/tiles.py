@@ -35,6 +35,19 @@ def pack_tiles(w_q: Tensor, depth: int) -> Tensor:
     return tiles
 
 
+def by_group(
+    x_q: Tensor, w_scale: Tensor, shift: Tensor | None, outputs: int, size: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the epilogue of a native product reads, in groups of `size`: scale [O, G], shift [O, G], and, where there is
+    one, the sums of `x_q` [T, N], float32 [T, G]."""
+    groups = num_groups(x_q.shape[1], size)
+    w_scale = w_scale.expand(outputs, groups).contiguous()
+    if shift is None:
+        return w_scale, None, None
+    sums = to_groups(x_q, size).sum(-1, dtype=torch.float32).contiguous()
+    return w_scale, shift.expand(outputs, groups).contiguous(), sums
+
+
 def tile_linear(
     x_q: Tensor,
     x_scale: Tensor,
@@ -53,13 +66,8 @@ def tile_linear(
     depth = depth_of(group_size, length)
     assert depth is not None
     size = length if group_size is None else min(group_size, length)
-    groups = num_groups(length, group_size)
     tiles = pack_tiles(w_q, depth)
-    w_scale = w_scale.expand(w_q.shape[0], groups).contiguous()
-    sums = None
-    if shift is not None:
-        shift = shift.expand(w_q.shape[0], groups).contiguous()
-        sums = to_groups(x_q, size).sum(-1, dtype=torch.float32).contiguous()
+    w_scale, shift, sums = by_group(x_q, w_scale, shift, w_q.shape[0], size)
     y = torch.empty((rows, w_q.shape[0]), dtype=torch.bfloat16 if in_bf16 else torch.float32)
     one = c_int32(x_scale.numel() == 1 and rows != 1)
     scales = (w_scale, shift, sums, x_scale.contiguous(), one, None if bias is None else bias.float().contiguous())

@@ -123,6 +123,7 @@ def native_block(block: nn.Module, model: nn.Module) -> NativeBlock:
     gains = [_gain(parts[name]) if name in parts else None for name in _NORMS]
     layers = [parts[name] for name in _PARTS]
     dim = int(attention.head_dim)
+    held = [_weight(layer) for layer in layers]
     if any(layer.in_features % 8 for layer in (layers[0], layers[3])) or dim % 8:
         raise NotNative("its sizes are no multiples of 8")
     heads, kv_heads = (layer.out_features // dim for layer in layers[:2])
@@ -135,14 +136,16 @@ def native_block(block: nn.Module, model: nn.Module) -> NativeBlock:
         _eps(parts["self_attn.q_norm"]) if "self_attn.q_norm" in parts else 0.0,
         _activation(parts["mlp.act_fn"]),
     )
-    return NativeBlock([_weight(m) for m in layers], [_bias(m) for m in layers], gains, shape)
+    return NativeBlock(held, [_bias(m) for m in layers], gains, shape)
 
 
 def _weight(layer: Any) -> StoredWeight | Tensor:
-    if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.is_contiguous():
-        return layer.weight.detach()
+    if type(layer) is nn.Linear:
+        if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
+            raise NotNative(f"a layer of its blocks is in {layer.weight.dtype} on {layer.weight.device.type}")
+        return layer.weight.detach().contiguous()
     if not isinstance(layer, QuantLinear):
-        raise NotNative(f"a layer of its blocks is a {type(layer).__name__} of {next(layer.parameters()).dtype}")
+        raise NotNative(f"a layer of its blocks is a {type(layer).__name__}")
     if layer.scheme.input is not None or layer.scheme.output is not None:
         raise NotNative("its activations are quantized too")
     if reason := decode.why_not(layer.held, 1, layer.packed.scales().device.type):

@@ -208,6 +208,8 @@ def _product(name: str, layer: Any) -> Product:
     if not isinstance(layer, QuantLinear) or layer.scheme.input is None or not layer.packed.is_int8:
         raise _Unfit(f"its {name} layer has not both 8-bit weights and integer inputs")
     spec = layer.scheme.input
+    if layer.packed.scales().device.type != "cpu":
+        raise _Unfit(f"the kernel runs on a CPU, and its {name} layer is on {layer.packed.scales().device.type}")
     if layer.scheme.output is not None or not isinstance(spec.grid, Int):
         raise _Unfit(f"its {name} layer quantizes its output, or its input by signs")
     if spec.group_size is not None or spec.outliers is not None or layer.packed.spec.is_indexed:

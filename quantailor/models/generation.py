@@ -92,6 +92,11 @@ def decoder_of(model: nn.Module) -> tuple[Decoder | None, str]:
         return None, str(reason)
 
 
+def told(why: str) -> str:
+    """What decodes, given the second of what `decoder_of` gives."""
+    return f"through transformers' own loop: {why}" if why else "one native call a block and token"
+
+
 def continued(
     model: Any,
     ids: Tensor,

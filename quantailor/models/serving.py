@@ -34,8 +34,12 @@ class Choice:
 
 @contextmanager
 def serving(model: nn.Module) -> Iterator[list[Choice]]:
-    """Products by shape while it lasts; yields what few rows take, a line a kind of layer."""
-    layers = [m for _, m in modules_of(model, QuantLinear) if not m.serves]
+    """Products by shape while it lasts; yields what few rows take, a line a kind of layer. Within another: nothing
+    more."""
+    layers = [m for _, m in modules_of(model, QuantLinear)]
+    if any(layer.serves for layer in layers):
+        yield choices(model)
+        return
     for layer in layers:
         layer.serves, layer.held = True, layer.packed.stored()
     try:

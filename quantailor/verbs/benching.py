@@ -25,6 +25,7 @@ from quantailor.formats import engines
 from quantailor.kernels.native import library as native
 from quantailor.kernels.triton import library as gpu
 from quantailor.models.dequantize import dequantize_model
+from quantailor.models.generation import decoder_of, told
 from quantailor.models.serving import serving
 from quantailor.progress import Progress
 from quantailor.verbs.exporting import export
@@ -65,6 +66,7 @@ class Bench:
     load: float
     rounds: int
     left_out: dict[str, str]
+    decoding: str = ""  # how a token is made, of a language model
 
     @property
     def fastest(self) -> dict[str, str]:
@@ -88,6 +90,7 @@ class Bench:
             "products": [dataclasses.asdict(p) | {"is_fastest": p.is_fastest} for p in self.products],
             "memory_gb_per_s": self.memory_gb_per_s,
             "native_kernels": self.native,
+            "decoding": self.decoding,
             "threads": self.threads,
             "load_before": self.load,
             "rounds": self.rounds,
@@ -151,6 +154,10 @@ def bench(
         rows_of_shapes = (1, prompt_tokens) if ready.task == "lm" else tuple(b * prompt_tokens for b in batches)
         products = speed.products(ready.model, tuple(dict.fromkeys(rows_of_shapes)))
     decodes = ready.task == "lm"
+    way = ""
+    if decodes:
+        with torch.inference_mode(), serving(ready.model):
+            way = told(decoder_of(ready.model)[1])
     return Bench(
         ready.task,
         str(ready.state.scheme) if ready.state is not None else "",
@@ -162,6 +169,7 @@ def bench(
         load,
         rounds,
         left_out,
+        way,
     )
 
 

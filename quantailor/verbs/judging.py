@@ -23,7 +23,7 @@ from quantailor.evaluate.adequacy import Adequacy, Solve, examine
 from quantailor.evaluate.parity import Parity, compare
 from quantailor.evaluate.run import evaluate as measure
 from quantailor.formats import folder as folders
-from quantailor.models.generation import continued, decoder_of
+from quantailor.models.generation import continued, decoder_of, told
 from quantailor.models.loading import (
     device_of,
 )
@@ -204,8 +204,7 @@ def generate(
             start = time.perf_counter()
             decoder, why = decoder_of(ready.model)
             if on_note is not None:
-                way = f"through transformers' own loop: {why}" if why else "one native call a block and token"
-                on_note(f"warmed up in {time.perf_counter() - start:.1f} s; {way}")
+                on_note(f"warmed up in {time.perf_counter() - start:.1f} s; {told(why)}")
         output = continued(
             ready.model,
             ids,

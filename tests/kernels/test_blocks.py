@@ -142,9 +142,16 @@ def test_threads_change_nothing(threads):
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
-def test_what_is_not_finite_stays_so():
-    case, cache = Case([4] * 7), torch.zeros(2, 2, 4, 16)
-    x = torch.ones(72)
-    x[5] = torch.nan
-    case.native(x, torch.ones(16), torch.zeros(16), cache[0], cache[1], 0, torch.ones(4, dtype=torch.bool))
-    assert x.isnan().all()
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_what_is_not_finite_stays_so(in_int8):
+    """In its own token and, through keys and values, in those after it; a token that may not look at it is sound."""
+    case = Case([4] * 7)
+    cache = torch.zeros(2, 2, 4, 16, dtype=torch.int8 if in_int8 else torch.float32)
+    scales = tuple(torch.zeros(2, 2, 4)) if in_int8 else None
+    visible, turns = torch.ones(4, dtype=torch.bool), (torch.ones(16), torch.zeros(16))
+    for position, sees in enumerate((True, True, False)):
+        x = torch.ones(72)
+        x[5] = torch.inf if position == 0 else 1.0
+        visible[0] = sees
+        case.native(x, *turns, *cache, position, visible, scales)
+        assert bool(x.isnan().all()) if sees else bool(x.isfinite().all())

@@ -162,6 +162,31 @@ def test_without_native_code_nothing_is_taken(monkeypatch):
         assert decoding.install(model) == Blocks(0, 2, "no C compiler was found")
 
 
+@needs_kernel
+def test_serving_within_serving_takes_nothing_away():
+    model = packed_model(CONFIGS[0])
+    with torch.inference_mode(), serving(model):
+        first = [block.forward for _, block in blocks(model)]
+        with serving(model):
+            pass
+        assert [block.forward for _, block in blocks(model)] == first and decoder_of(model)[0] is not None
+    assert not any("forward" in vars(block) for _, block in blocks(model))
+
+
+@needs_kernel
+def test_layers_of_other_kinds_or_elsewhere_are_named():
+    model = packed_model(CONFIGS[0])
+    with serving(model):
+        model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 96, dtype=torch.bfloat16)
+        model.model.layers[1].self_attn.q_proj = torch.nn.Identity()
+        decoding.remove(model)
+        assert decoding.install(model) == Blocks(0, 2, "a layer of its blocks is in torch.bfloat16 on cpu")
+        model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 96, device="meta")
+        assert decoding.install(model).why == "a layer of its blocks is in torch.float32 on meta"
+        model.model.layers[0].mlp.up_proj = torch.nn.Identity()
+        assert decoding.install(model).why == "a layer of its blocks is a Identity"
+
+
 def test_a_model_built_otherwise():
     from transformers import GPT2Config
 

@@ -42,6 +42,7 @@ def test_a_language_model(lm):
         (decode.MOST_ROWS + 4, "float blocks"),
     }
     assert sum(p.layers for p in found.products if p.rows == 1) == len(list(modules_of(lm.model, QuantLinear)))
+    assert found.decoding.startswith(("one native call", "through transformers' own loop: "))
     document = json.loads(json.dumps(found.to_json()))
     assert document["threads"] == torch.get_num_threads() and document["left_out"]["OpenVINO"] == "not asked for"
     text = command._text(found)

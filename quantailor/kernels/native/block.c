@@ -59,12 +59,6 @@ int64_t block_bytes(const block *b, int64_t length) {
     return shared_bytes(b) + omp_get_max_threads() * thread_bytes(b, length);
 }
 
-static inline float total(__m256 v) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
 // e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; e^r by its series up to r^7: within 2 units of the last place.
 static inline __m256 exponential(__m256 x) {
     x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x));  // NaN stays: it comes second
@@ -101,13 +95,17 @@ static void rope(float *x, const float *cos, const float *sin, int64_t d) {
     }
 }
 
-// A row of the cache as integers: scale = largest / 127.
+// A row of the cache as integers: scale = largest / 127, or NaN where the row is not finite.
 static float store(const float *x, int64_t d, int8_t *q) {
     float largest = 0;
-    for (int64_t i = 0; i < d; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-    const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0;
-    for (int64_t i = 0; i < d; i++) q[i] = (int8_t)(int32_t)rintf(x[i] * inverse);
-    return scale;
+    int32_t broken = 0;
+    for (int64_t i = 0; i < d; i++) {
+        largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+        broken |= !(fabsf(x[i]) <= 3.402823466e38f);
+    }
+    const float inverse = broken || !(largest > 0) ? 0 : 127.0f / largest;
+    for (int64_t i = 0; i < d; i++) q[i] = broken ? 0 : (int8_t)(int32_t)rintf(x[i] * inverse);
+    return broken ? NAN : largest / 127.0f;
 }
 
 static inline __m256 eight(const void *values, int64_t i, int in_bytes) {

@@ -250,12 +250,6 @@ static inline __attribute__((always_inline)) __m256i sums_of_step(const uint8_t 
     return _mm256_add_epi32(_mm256_madd_epi16(h, shift), _mm256_madd_epi16(l, ones));
 }
 
-static inline float total(__m256 v) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
 // One step of `many` rows, whose weights start at `at` and stand `apart` bytes from each other. `parted` as layout.parts
 // where that is 1 or 2, and 3 for more; `last`: the step may hold fewer groups, and nothing is fetched beforehand.
 static inline __attribute__((always_inline)) void one_step(const layout *f, const token *t, int64_t s, const uint8_t *at,

@@ -38,4 +38,14 @@ void prepare_token(const float *x, const weight *w, token *t);
 // y[o] for rows from .. to - 1 of the weight; y is of the whole token, bias [O] or NULL.
 void times_rows(const weight *w, const token *t, const float *bias, int64_t from, int64_t to, float *y);
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+
+static inline float total(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+#endif
+
 #endif
