@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantailor.kernels.native import library as native
+from quantailor.kernels.operators import opaque
 from quantailor.kernels.scratch import scratch
 from quantailor.kernels.triton import library as gpu
 from quantailor.numerics.grouping import num_groups, per_element
@@ -36,6 +37,7 @@ LARGEST = 32512  # 127 * 256
 LARGEST_LEVEL = 8191  # of NF4: eight products of a level and an input still fit 32 bits
 _NF4, _UNSIGNED8, _FLOAT32 = 40, 80, 320  # native/rows.h
 _BLOCK_BYTES = 8 * 2**20  # of float weights at a time: they stay in the caches, and no fresh memory is mapped for them
+_BLOCK_BYTES_GPU = 64 * 2**20  # not measured: enough to do for each of the launches that a block is made by
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
         return "its grid has no kernel here (NF4 and uniform grids of 1 to 4 and 8 bits have)"
     if weight.zero_point is not None and weight.zero_point.shape[0] < weight.data.shape[0]:
         return "one zero point for the whole weight has no kernel here; a row or a group of its own has"
-    on_gpu = device == ("cpu" if gpu.interprets() else "cuda")
+    on_gpu = gpu.is_home(device)
     if rows > (most := most_rows(device)):
         return f"{rows} rows: beyond {most} a product of floats is {'taken' if on_gpu else 'faster'}"
     if on_gpu:
@@ -119,7 +121,13 @@ def why_not(weight: StoredWeight | None, rows: int, device: str) -> str:
 
 def most_rows(device: str) -> int:
     """Up to how many rows the kernel of a device of this type is taken for."""
-    return MOST_ROWS_GPU if device == ("cpu" if gpu.interprets() else "cuda") else MOST_ROWS
+    return MOST_ROWS_GPU if gpu.is_home(device) else MOST_ROWS
+
+
+def most_rows_compiled(weight: StoredWeight | None, device: str) -> int:
+    """Up to how many rows a compiled graph takes the kernel: on a GPU, where it saves launches from Python. On a CPU
+    a graph takes the proven way."""
+    return most_rows(device) if gpu.is_home(device) and not why_not(weight, 1, device) else 0
 
 
 def _why_not_on_gpu(weight: StoredWeight, device: str) -> str:
@@ -149,8 +157,11 @@ def decode_linear(
 ) -> Tensor:
     """y = x @ w_hat^T + bias: [T, O] in `dtype`, rounded from float32, of x [T, N] in any float type. `why_not` must
     have said nothing."""
-    if gpu.takes(x_TN, weight.data, weight.scale):
-        w = weight
+    w = weight
+    if opaque(x_TN):
+        sizes = (w.bits, w.in_features, w.group_size, w.move)
+        return _as_operator(x_TN, w.data, w.scale, *sizes, w.zero_point, w.levels, bias, dtype)
+    if gpu.takes(x_TN, w.data, w.scale):
         grid = (w.data, w.scale, w.zero_point, w.move, w.bits, w.group_size)
         result: Tensor = gpu.kernels().decode_linear(x_TN.detach(), *grid, bias, dtype)
         return result
@@ -161,6 +172,30 @@ def decode_linear(
     if _kernel()(x.data_ptr(), x.shape[0], byref(weight.native), *places):
         raise MemoryError(f"no memory for {x.shape[0]} rows of {x.shape[1]} inputs as integers")
     return y.to(dtype)
+
+
+@torch.library.custom_op("quantailor::decode_linear", mutates_args=())
+def _as_operator(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    bits: int,
+    in_features: int,
+    group_size: int | None,
+    move: float,
+    zero_point: Tensor | None,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`decode_linear` with its weight spread out: what a compiled graph holds."""
+    weight = StoredWeight(data, scale, bits, in_features, group_size, move, zero_point, levels)
+    return decode_linear(x, weight, bias, dtype)
+
+
+@_as_operator.register_fake
+def _(x: Tensor, data: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], data.shape[0]), dtype=rest[-1])
 
 
 @cache
@@ -195,7 +230,8 @@ def by_blocks(
 ) -> Tensor:
     """y [T, O] in x's type, the weight's rows as floats only a block at a time. `dequantize`: rows -> [n, N]."""
     y = x_TN.new_empty(x_TN.shape[0], out_features)
-    run = max(16, _BLOCK_BYTES // (4 * max(1, x_TN.shape[1])))
+    at_once = _BLOCK_BYTES if x_TN.device.type == "cpu" else _BLOCK_BYTES_GPU
+    run = max(16, at_once // (4 * max(1, x_TN.shape[1])))
     for start in range(0, out_features, run):
         rows = slice(start, min(start + run, out_features))
         part = None if bias is None else bias[rows].to(x_TN.dtype)

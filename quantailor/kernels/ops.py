@@ -102,10 +102,15 @@ def multiplies_int8() -> bool:
     return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def product_here(device: str = "cpu") -> str:
-    """Which exact product of int8 a device of this type takes here, with the reason where it is not our fastest."""
+def product_here(device: str = "cpu", *, has_run: bool = False) -> str:
+    """Which exact product of int8 a device of this type takes here, with the reason where it is not our fastest.
+
+    A GPU chooses by size, so it is asked about a product that `has_run` just now, or tells both.
+    """
     if device == "cuda":
-        return "our GPU kernel" if not (reason := gpu.why_not(device)) else f"torch's products ({reason})"
+        if reason := gpu.why_not(device):
+            return f"torch's products ({reason})"
+        return str(gpu.kernels().told()) if has_run else "our GPU kernel or torch's product, the faster at its size"
     if native.has_tiles():
         return "AMX tiles"
     if multiplies_int8():

@@ -110,8 +110,6 @@ def native_block(block: nn.Module, model: nn.Module) -> NativeBlock:
         raise NotNative("its blocks are not built like Llama's")
     if getattr(config, "_attn_implementation", None) != "sdpa":
         raise NotNative("its attention is not transformers' sdpa")
-    if any(t.device.type != "cpu" for t in (*block.parameters(), *block.buffers())):
-        raise NotNative("native blocks run on a CPU, and these are elsewhere")
     if decode.why_no_kernel():
         raise NotNative(decode.why_no_kernel())
     known = {"", "self_attn", "mlp", "mlp.act_fn", *_PARTS, *_NORMS, *(f"{name}.packed" for name in _PARTS)}
@@ -148,7 +146,9 @@ def _weight(layer: Any) -> StoredWeight | Tensor:
         raise NotNative(f"a layer of its blocks is a {type(layer).__name__}")
     if layer.scheme.input is not None or layer.scheme.output is not None:
         raise NotNative("its activations are quantized too")
-    if reason := decode.why_not(layer.held, 1, layer.packed.scales().device.type):
+    if (device := layer.packed.scales().device.type) != "cpu":  # where other kernels may take the layer alone
+        raise NotNative(f"native blocks run on a CPU, and a layer of these is on {device}")
+    if reason := decode.why_not(layer.held, 1, device):
         raise NotNative(reason)
     assert layer.held is not None
     return layer.held

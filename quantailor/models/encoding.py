@@ -208,8 +208,6 @@ def _product(name: str, layer: Any) -> Product:
     if not isinstance(layer, QuantLinear) or layer.scheme.input is None or not layer.packed.is_int8:
         raise _Unfit(f"its {name} layer has not both 8-bit weights and integer inputs")
     spec = layer.scheme.input
-    if layer.packed.scales().device.type != "cpu":
-        raise _Unfit(f"the kernel runs on a CPU, and its {name} layer is on {layer.packed.scales().device.type}")
     if layer.scheme.output is not None or not isinstance(spec.grid, Int):
         raise _Unfit(f"its {name} layer quantizes its output, or its input by signs")
     if spec.group_size is not None or spec.outliers is not None or layer.packed.spec.is_indexed:
@@ -242,8 +240,8 @@ def _candidates(model: nn.Module) -> list[tuple[nn.Module, EncoderBlock | str]]:
         if not any(layer.scheme.input is not None for _, layer in modules_of(block, QuantLinear)):
             continue
         try:
-            if any(t.device.type != "cpu" for t in (*block.parameters(), *block.buffers())):
-                raise _Unfit("the kernel runs on a CPU, and the block is elsewhere")
+            if away := {t.device.type for t in (*block.parameters(), *block.buffers())} - {"cpu"}:
+                raise _Unfit(f"the kernel runs on a CPU, and the block is on {', '.join(sorted(away))}")
             if multiplies_int8():
                 raise _Unfit(
                     "this processor multiplies int8 by itself, and the kernel is written for those that do not"

@@ -129,6 +129,7 @@ def continued(
             do_sample=False,
             pad_token_id=pad,
             streamer=streamer,
+            disable_compile=True,  # on a GPU a laid-out cache has transformers compile, for minutes, which pays late
             **cache,
         )
         return found

@@ -42,6 +42,8 @@ def serving(model: nn.Module) -> Iterator[list[Choice]]:
         return
     for layer in layers:
         layer.serves, layer.held = True, layer.packed.stored()
+        if layer.scheme.input is None:
+            layer.rows_compiled = decode.most_rows_compiled(layer.held, layer.packed.scales().device.type)
     try:
         decoding.install(model)
         with encoding(model) as encoded:
@@ -49,7 +51,7 @@ def serving(model: nn.Module) -> Iterator[list[Choice]]:
     finally:
         decoding.remove(model)
         for layer in layers:
-            layer.serves, layer.held = False, None
+            layer.serves, layer.held, layer.rows_compiled = False, None, 0
 
 
 def choices(model: nn.Module, encoded: dict[int, str] | None = None) -> list[Choice]:

@@ -263,6 +263,7 @@ class QuantLinear(_Quant):
 
     serves = False  # whether products are chosen by shape (models/serving.py)
     held: StoredWeight | None = None  # meanwhile: the packed weight as kernels read it, found once and not at each call
+    rows_compiled = 0  # meanwhile: up to how many rows a compiled graph multiplies by that kernel
 
     @property
     def in_features(self) -> int:
@@ -278,10 +279,14 @@ class QuantLinear(_Quant):
         return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if needs_gradient and not torch.compiler.is_compiling():
             return self._out(self._with_gradient(x))
-        if self.serves and self.scheme.input is None and not opaque(x):
-            return self._out(self._served(x))
+        if self.serves and self.scheme.input is None and not needs_gradient:
+            if not opaque(x):
+                return self._out(self._served(x))
+            if x.numel() <= self.rows_compiled * self.in_features:
+                return self._out(self._decoded(x))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.scheme.input is None:
             return self._out(F.linear(x, self.packed.dequantize().to(x.dtype), bias))
@@ -294,12 +299,15 @@ class QuantLinear(_Quant):
         return self._out(int_linear(x_int, grid, self.bias, dtype=output_dtype(x)))
 
     def _served(self, x: Tensor) -> Tensor:
-        rows_TN, weight = x.reshape(-1, self.in_features), self.held
-        if decode.why_not(weight, rows_TN.shape[0], x.device.type):
-            y = decode.by_blocks(rows_TN, self.packed.block_maker(), self.out_features, self.bias)
-        else:
-            assert weight is not None
-            y = decode.decode_linear(rows_TN, weight, self.bias, x.dtype)
+        rows_TN = x.reshape(-1, self.in_features)
+        if not decode.why_not(self.held, rows_TN.shape[0], x.device.type):
+            return self._decoded(x)
+        y = decode.by_blocks(rows_TN, self.packed.block_maker(), self.out_features, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        assert self.held is not None
+        y = decode.decode_linear(x.reshape(-1, self.in_features), self.held, self.bias, x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _with_gradient(self, x: Tensor) -> Tensor:

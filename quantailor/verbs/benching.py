@@ -26,6 +26,7 @@ from quantailor.kernels.native import library as native
 from quantailor.kernels.triton import library as gpu
 from quantailor.models.dequantize import dequantize_model
 from quantailor.models.generation import decoder_of, told
+from quantailor.models.loading import device_of
 from quantailor.models.serving import serving
 from quantailor.progress import Progress
 from quantailor.verbs.exporting import export
@@ -132,7 +133,7 @@ def bench(
     left_out: dict[str, str] = {}
     bars = progress or Progress()
     with ExitStack() as stack:
-        stack.enter_context(measuring(ready.model))
+        device = stack.enter_context(measuring(ready.model)).type
         runs: dict[str, Callable[[], _Rates]] = {OURS: _torch_run(ready, prompt_tokens, new_tokens, batches, True)}
         sizes = {OURS: speed.bytes_a_token(ready.model)}
         if with_float:
@@ -142,13 +143,14 @@ def bench(
             sizes[FLOAT] = speed.bytes_a_token(plain.model)
         else:
             left_out[FLOAT] = "not asked for"
-        if with_engines:
+        if with_engines and device != "cpu":
+            left_out |= dict.fromkeys(engines.PACKAGES, f"runs on the CPU here, and the model is on {device}")
+        elif with_engines:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             made = _engine_runs(ready, folder, left_out, prompt_tokens, new_tokens, batches)
             runs |= made
         else:
             left_out |= dict.fromkeys(engines.PACKAGES, "not asked for")
-        device = next(ready.model.parameters(), torch.empty(0)).device.type
         gb_per_s = speed.memory_gb_per_s(device=device)
         found = _in_turn(runs, rounds, bars, left_out)
         rows_of_shapes = (1, prompt_tokens) if ready.task == "lm" else tuple(b * prompt_tokens for b in batches)
@@ -226,12 +228,18 @@ def _inputs(model: Model, tokens: int, batch: int) -> dict[str, Tensor]:
 def _torch_run(
     model: Model, prompt_tokens: int, new_tokens: int, batches: tuple[int, ...], served: bool
 ) -> Callable[[], _Rates]:
-    generate = partial(speed.serving_speed if served else speed.generation_speed, model.model)
+    timed, device = speed.serving_speed if served else speed.generation_speed, device_of(model.model)
+
+    def generate(prompt: Tensor, tokens: int) -> tuple[float, float]:
+        return timed(model.model, prompt.to(device), tokens)
+
+    def one_pass(inputs: dict[str, Tensor]) -> Any:
+        return model.model(**{name: value.to(device) for name, value in inputs.items()})
 
     def around() -> AbstractContextManager[Any]:
         return serving(model.model) if served else nullcontext()
 
-    return _run(model, prompt_tokens, new_tokens, batches, generate, lambda inputs: model.model(**inputs), around)
+    return _run(model, prompt_tokens, new_tokens, batches, generate, one_pass, around)
 
 
 def _run(

@@ -43,3 +43,17 @@ def test_contestants_take_turns(bench, monkeypatch):
     monkeypatch.setattr(bench, "seconds", lambda run, calls: run() or 1.0)
     found = bench.in_turn({name: lambda name=name: seen.append(name) for name in "ab"}, rounds=2)
     assert "".join(seen[4:]) == "baabba" and {n: len(v) for n, v in found.items()} == {"a": 2, "b": 2}
+
+
+def test_every_contestant_runs(bench, monkeypatch, capsys):
+    """On a CPU, in small: all but the recording of a graph is the code that a GPU gets."""
+    small = {"DEVICE": "cpu", "WIDE": 256, "ROWS": (8, 24), "no_gpu": lambda: "", "as_graph": lambda run: run}
+    for name, value in (small | {"seconds": lambda run, calls: run() is None or 1.0}).items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rounds", "1"])
+    bench.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    measured = {"step", "int8, 8 rows", "int8, 24 rows", "decode", "decode, launched one by one"}
+    assert set(document["results"]) | set(document["not_measured"]) == measured
+    assert document["results"]["step"]["met"] and not document["results"]["int8, 8 rows"]["met"]
+    assert all(set(row["ms"]) >= {"bf16"} for row in document["results"].values())

@@ -205,8 +205,10 @@ def test_generate_tells_what_runs(tiny_lm):
     assert len(notes) == 2 and all(note.startswith("warmed up in") and told in note for note in notes)
 
 
-def test_blocks_that_are_not_on_a_cpu_keep_their_own_forward():
+@needs_kernel
+def test_blocks_that_are_not_on_a_cpu_keep_their_own_forward(monkeypatch):
     """Their layers may have a kernel of their own there (kernels/triton); native code must get no pointer to them."""
+    monkeypatch.setattr(decode, "why_not", lambda *_: "")
     model = packed_model(CONFIGS[0]).to("meta")
     ((_, block), *_) = blocks(model)
     with pytest.raises(decoding.NotNative, match="native blocks run on a CPU"):

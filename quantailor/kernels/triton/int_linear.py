@@ -13,7 +13,7 @@ from torch import Tensor
 from quantailor.kernels.triton.common import INTERPRETED, SAME_BITS, device_of
 from quantailor.numerics.grouping import num_groups
 
-_OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 _BAND = tl.constexpr(8)  # blocks of rows that take turns with one block of weights, while it lies in the second cache
 
 
@@ -118,10 +118,11 @@ def int_linear(
     """
     (rows, length), out = x_q.shape, w_q.shape[0]
     size = min(w_group_size or x_group_size or length, length)
-    y = torch.empty((rows, out), dtype=dtype if dtype in _OUTPUTS else torch.float32, device=x_q.device)
+    y = torch.empty((rows, out), dtype=dtype if dtype in OUTPUTS else torch.float32, device=x_q.device)
     if not y.numel():
         return y.to(dtype)
-    shift = None if shift is None else shift.expand_as(w_scale).contiguous()
+    if shift is not None:
+        w_scale, shift = (value.contiguous() for value in torch.broadcast_tensors(w_scale, shift))
     block = min(128, max(32, triton.next_power_of_2(size)))  # 32 is the least that tensor cores take of int8
     sides = (x_q.contiguous(), x_scale.contiguous(), w_q.contiguous(), w_scale.contiguous(), shift)
     with device_of(x_q):

@@ -8,8 +8,8 @@ import torch
 from quantailor.kernels.triton.decode import decode_linear
 from quantailor.kernels.triton.fake_quantize import fake_quantize_weight, quantize_weight
 from quantailor.kernels.triton.fold_scales import fold_scales
-from quantailor.kernels.triton.int_linear import int_linear
 from quantailor.kernels.triton.lsq_backward import lsq_backward
+from quantailor.kernels.triton.product import int_linear, told
 from quantailor.kernels.triton.quantize_tokens import quantize_tokens
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "lsq_backward",
     "quantize_tokens",
     "quantize_weight",
+    "told",
     "try_out",
 ]
 

@@ -56,14 +56,21 @@ def kernels() -> ModuleType:
     return loaded
 
 
+def is_home(device: str) -> bool:
+    """Whether tensors on a device of this type are what the kernels are written for, runnable here or not."""
+    return device == ("cpu" if interprets() else "cuda")
+
+
 def why_not(device: str) -> str:
     """Why tensors on a device of this type do not meet our GPU kernels; "" where they do."""
-    if device != ("cpu" if interprets() else "cuda"):
+    if not is_home(device):
         return f"our GPU kernels run on CUDA devices, and this is {device}"
     return _load()[1]
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether the GPU kernels work on these: all on one GPU, and nothing against it."""
-    devices = {t.device for t in tensors if t is not None}
-    return len(devices) == 1 and not why_not(devices.pop().type)
+    """Whether the GPU kernels work on these: all on one GPU, and nothing against it. They compute in float32, so
+    float64 is left to torch."""
+    there = [t for t in tensors if t is not None]
+    devices = {t.device for t in there}
+    return len(devices) == 1 and not why_not(devices.pop().type) and all(t.dtype != torch.float64 for t in there)

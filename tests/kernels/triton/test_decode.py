@@ -7,9 +7,13 @@ import torch
 
 from quantailor.kernels import decode
 from quantailor.kernels.decode import StoredWeight, decode_linear, why_not
+from quantailor.kernels.triton import library as gpu
+from quantailor.models.serving import serving
+from quantailor.nn.packed import packed
 from quantailor.numerics.grouping import per_element
 from tests.kernels.test_decode import SIZES, drawn, magnitude, spread
 from tests.kernels.triton.where import device_of_tests
+from tests.nn.layers import linear, quantized
 
 DEVICE = device_of_tests()
 from quantailor.kernels.triton import decode as subject  # noqa: E402
@@ -96,6 +100,31 @@ def test_one_scale_for_a_whole_weight_and_inputs_that_are_not_finite():
     y = product(x, weight)
     assert not y[1].isfinite().any()
     torch.testing.assert_close(y[[0, 2]].double(), exact(x[[0, 2]], u, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g32-asym"])
+def test_a_compiled_layer_that_serves_takes_it(scheme, monkeypatch):
+    """As one operator of its graph; more rows, and a layer that does not serve, take the float product there."""
+    layer, x = linear(length=96)
+    model = torch.nn.Sequential(packed(quantized(layer, scheme, x))).to(DEVICE).eval()
+    rows = torch.randn(decode.MOST_ROWS_GPU + 1, 96, device=DEVICE)
+    taken, run = [], gpu.kernels().decode_linear
+    monkeypatch.setattr(gpu.kernels(), "decode_linear", lambda x, *more: taken.append(len(x)) or run(x, *more))
+    with torch.inference_mode():
+        proven = model(rows)
+        with serving(model):
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+            few, many = compiled(rows[:3]), compiled(rows)
+            assert taken == [3] and torch.equal(few, model(rows[:3])) and torch.equal(many, proven)
+        assert torch.equal(compiled(rows[:3]), model(rows[:3])) and len(taken) == 2
+    torch.testing.assert_close(few, proven[:3], rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiler_sees_one_operator():
+    _, weight = drawn(4, 64, 5, 32, "zero points")
+    parts = (weight.data, weight.scale, 4, 64, 32, 0.0, weight.zero_point, None, torch.randn(5), torch.bfloat16)
+    moved = [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in (torch.randn(3, 64), *parts)]
+    torch.library.opcheck(torch.ops.quantailor.decode_linear.default, tuple(moved))
 
 
 def test_what_the_kernel_is_not_taken_for():
