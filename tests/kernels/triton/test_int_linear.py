@@ -38,18 +38,18 @@ def check(*case, dtypes=(torch.float32,)):
         assert found.dtype == dtype and torch.equal(found.cpu(), expected.to(dtype))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 40])
-@pytest.mark.parametrize(("length", "out"), [(1, 1), (31, 63), (128, 64), (129, 65), (300, 130)])
+@pytest.mark.parametrize("rows", [1, 16, 33])
+@pytest.mark.parametrize(("length", "out"), [(1, 1), (31, 63), (128, 64), (172, 65), (300, 130)])
 def test_blocks_and_steps(rows, length, out):
     check(*drawn(rows, length, out))
 
 
-@pytest.mark.parametrize(("length", "group_size"), [(256, 128), (300, 128), (320, 256), (96, 32), (100, 40), (64, 64)])
+@pytest.mark.parametrize(("length", "group_size"), [(300, 128), (320, 256), (64, 32), (100, 40)])
 @pytest.mark.parametrize("shifted", [True, False])
 def test_groups_of_several_steps_and_ragged_ends(length, group_size, shifted):
     check(*drawn(18, length, 66, group_size, shifted))
-    check(*drawn(18, length, 66, group_size, shifted, x_groups=group_size))
-    check(*drawn(18, length, 66, None, shifted, x_groups=group_size, biased=False))
+    check(*drawn(5, length, 66, group_size, shifted, x_groups=group_size))
+    check(*drawn(5, length, 9, None, shifted, x_groups=group_size, biased=False))
 
 
 def test_results_are_rounded_once():
@@ -58,7 +58,8 @@ def test_results_are_rounded_once():
 
 def test_one_scale_for_all_tokens_and_one_for_all_outputs():
     x, weight, bias = drawn(20, 70, 30, static=True)
-    check(x, IntegerWeight(weight.q, torch.tensor([[0.3]]), torch.tensor([[-3.0]]), None), bias)
+    for shift in (torch.tensor([[-3.0]]), torch.randint(-9, 9, (30, 1)).float()):
+        check(x, IntegerWeight(weight.q, torch.tensor([[0.3]]), shift, None), bias)
 
 
 def test_the_largest_sums_do_not_overflow():
@@ -69,8 +70,8 @@ def test_the_largest_sums_do_not_overflow():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the autotuner tries them all there")
-@pytest.mark.parametrize("config", subject.CONFIGS, ids=str)
-def test_every_block_gives_the_same(config, monkeypatch):
+@pytest.mark.parametrize("config", subject.CONFIGS[::4], ids=str)
+def test_blocks_of_all_kinds_give_the_same(config, monkeypatch):
     monkeypatch.setattr(subject._int_linear, "configs", [config])
     tall, wide = config.kwargs["BLOCK_T"] + 1, config.kwargs["BLOCK_O"] + 1
     check(*drawn(tall, 40, wide, 32, shifted=True))

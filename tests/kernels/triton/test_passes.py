@@ -28,7 +28,7 @@ def test_long_tokens(shape, dtype):
     assert torch.equal(q.cpu(), expected_q) and torch.equal(scale.cpu(), expected_scale)
 
 
-@pytest.mark.parametrize("shape", [(3, 2500, None), (2, 2500, 1200), (70, 96, 32), (5, 130, 64), (1, 1024, 1024)])
+@pytest.mark.parametrize("shape", [(2, 2500, None), (2, 2500, 1200), (34, 96, 32), (5, 172, 64)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_weights_of_many_tiles(shape, symmetric):
     grid = Int(4, symmetric=symmetric)

@@ -29,14 +29,13 @@ def of_torch(found, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("rows", "length", "out"), [(17, 8, 8), (33, 200, 1032)])
+@pytest.mark.parametrize(("rows", "length", "out"), [(17, 8, 8), (18, 200, 1032)])
 def test_the_same_bits(of_torch, rows, length, out):
-    for static in (False, True):
-        for biased in (True, False):
-            check(*drawn(rows, length, out, static=static, biased=biased), dtypes=ALL)
+    for static, biased, dtypes in ((False, True, ALL), (True, False, ALL[:1])):
+        check(*drawn(rows, length, out, static=static, biased=biased), dtypes=dtypes)
     x, weight, bias = drawn(rows, length, out)
     check(x, IntegerWeight(weight.q, torch.tensor([[0.3]]), None, length), bias)  # one group is none
-    assert len(of_torch) == 13
+    assert len(of_torch) == 5
 
 
 def test_what_torch_s_product_does_not_take_is_ours(of_torch):
