@@ -26,6 +26,7 @@ def bench(
     engines: Annotated[
         bool, typer.Option("--engines/--no-engines", help="export to ONNX and time ONNX Runtime and OpenVINO, if here")
     ] = True,
+    device: o.DeviceOption = "cpu",
     json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
@@ -42,13 +43,14 @@ def bench(
     Figures of one run may be compared with each other, not with those of another day.
     """
     from quantailor import api
+    from quantailor.verbs.model import placed
 
     try:
         sizes = tuple(int(part) for part in batches.split(","))
     except ValueError:
         raise UsageError(f"--batches {batches!r} is no list of numbers; write 1,32") from None
     found = api.bench(
-        model,
+        placed(api.load(model), device),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batches=sizes,

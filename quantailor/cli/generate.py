@@ -20,6 +20,7 @@ def generate(
         int | None,
         typer.Option(help="8: keys and values in int8, a quarter of their memory; else as they are"),
     ] = None,
+    device: o.DeviceOption = "cpu",
     json: o.JsonOption = False,
 ) -> None:
     """Continue a prompt greedily, with a float or quantized language model, and show the text as it comes.
@@ -32,8 +33,9 @@ def generate(
     """
     from quantailor import api
     from quantailor.models.serving import choices
+    from quantailor.verbs.model import placed
 
-    ready = api.load(model)
+    ready = placed(api.load(model), device)
     for choice in [] if reference else choices(ready.model):
         if choice.few_rows == "float blocks":
             typer.echo(f"{choice.layers} layers of {choice.scheme} run on float blocks: {choice.why}", err=True)

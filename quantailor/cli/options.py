@@ -25,6 +25,7 @@ OutOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace the folder that --out names, by renaming")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print exactly one JSON document on stdout")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+DeviceOption = Annotated[str, typer.Option("--device", help="where the model runs, such as cpu or cuda")]
 SeedOption = Annotated[int, typer.Option("--seed", help="of calibration samples, shuffling and dropout")]
 ContextOption = Annotated[int, typer.Option("--context", help="tokens a window or row")]
 SamplesOption = Annotated[

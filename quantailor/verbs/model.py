@@ -140,6 +140,15 @@ def as_model(model: str | Path | Model, *, task: Task | None = None, num_labels:
     return model if isinstance(model, Model) else load(model, task=task, num_labels=num_labels)
 
 
+def placed(model: Model, device: str) -> Model:
+    """The model itself, moved to a device such as "cuda". Raises: UsageError where torch sees no such device."""
+    try:
+        model.model.to(torch.device(device))  # type: ignore[arg-type]
+    except (AssertionError, RuntimeError) as error:  # what torch raises for names unknown and devices absent
+        raise UsageError(f"device={device!r}: {str(error).strip().splitlines()[0]}; use one that torch sees") from None
+    return model
+
+
 def examples_for(model: Model, data: Data | Examples, *, context: int = 256, limit: int | None = None) -> Examples:
     """Data read for this model's tokenizer and task. `context` is cut to what the model can take."""
     if isinstance(data, Examples):

@@ -205,6 +205,15 @@ def test_generate_tells_what_runs(tiny_lm):
     assert len(notes) == 2 and all(note.startswith("warmed up in") and told in note for note in notes)
 
 
+def test_transformers_does_not_compile_by_itself(tiny_lm, monkeypatch):
+    """As it does on a GPU where the cache is laid out: compiled layers are not what serves."""
+    given, model = [], api.load(tiny_lm).model
+    run = model.generate
+    monkeypatch.setattr(model, "generate", lambda **more: given.append(more) or run(**more))
+    assert continued(model, torch.tensor([[3, 4]]), 2).shape == (1, 4)
+    assert given[0]["disable_compile"] is True and given[0]["cache_implementation"] == "static"
+
+
 @needs_kernel
 def test_blocks_that_are_not_on_a_cpu_keep_their_own_forward(monkeypatch):
     """Their layers may have a kernel of their own there (kernels/triton); native code must get no pointer to them."""

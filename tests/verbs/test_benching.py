@@ -14,6 +14,8 @@ from quantailor.kernels import decode
 from quantailor.kernels.native import library as native
 from quantailor.models.structure import modules_of
 from quantailor.nn.packed import QuantLinear
+from quantailor.verbs import benching
+from quantailor.verbs.model import placed
 from tests.formats.making import texts
 
 
@@ -109,3 +111,19 @@ def test_what_was_slower_is_told():
     assert str(Speed.of([1.0, 3.0, 2.0])) == "2 (1 to 3)"
     calls: list[int] = []
     assert seconds_of(lambda: calls.append(1), least=0.0) >= 0 and len(calls) == 2
+
+
+def test_inputs_go_where_the_model_is(tiny_bert, lm, monkeypatch):
+    seen, classifier = [], api.load(tiny_bert)
+    monkeypatch.setattr(benching, "device_of", lambda model: torch.device("meta"))
+    monkeypatch.setattr(speed, "serving_speed", lambda model, prompt, tokens: seen.append(prompt) or (1.0, 1.0))
+    monkeypatch.setattr(classifier.model, "forward", lambda **inputs: seen.extend(inputs.values()))
+    for model in (lm, classifier):
+        benching._torch_run(model, 4, 2, (1,), served=True)()
+    assert len(seen) > 2 and all(x.is_meta for x in seen)
+
+
+def test_a_device_that_is_not_there(lm):
+    with pytest.raises(UsageError, match=r"device='nowhere'.*use one that torch sees"):
+        placed(lm, "nowhere")
+    assert placed(lm, "cpu") is lm

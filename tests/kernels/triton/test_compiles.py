@@ -69,7 +69,9 @@ def test_int_linear(compiled, group_size):
     x_q, w_q = torch.zeros(256, 512, dtype=torch.int8), torch.zeros(256, 512, dtype=torch.int8)
     scale = torch.ones(256, 1 if group_size is None else 512 // group_size)
     shift = scale if group_size == 128 else None
-    int_linear.int_linear(x_q, torch.ones(256, 1), w_q, scale, shift, None, group_size, None, scale[:, 0], torch.bfloat16)
+    int_linear.int_linear(
+        x_q, torch.ones(256, 1), w_q, scale, shift, None, group_size, None, scale[:, 0], torch.bfloat16
+    )
     ((_, code),) = compiled
     ptx = code.asm["ptx"]
     assert "fma.rn.f32" not in ptx
