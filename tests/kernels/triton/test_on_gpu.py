@@ -19,6 +19,7 @@ if not HAS_GPU:
 if not HAS_TRITON or gpu.interprets():
     pytest.skip("the interpreter is not the GPU" if HAS_TRITON else INSTALL, allow_module_level=True)
 
+from quantailor.kernels.triton import product
 from tests.kernels.triton.test_decode import exact, on_device
 from tests.kernels.triton.test_int_linear import drawn
 from tests.kernels.triton.test_int_linear import on_device as moved
@@ -41,9 +42,13 @@ def test_the_product_at_real_sizes(rows, length, group_size):
 
 def test_torch_s_product_and_ours_agree(monkeypatch):
     case = moved(*drawn(64, 512, 256))
-    ours = int_linear(*case)
+    found = []
+    for times in ((1.0, 2.0), (2.0, 1.0)):
+        monkeypatch.setitem(product._found, (64, 512, 256), times)
+        found.append(int_linear(*case))
     monkeypatch.setattr(gpu, "takes", lambda *tensors: False)
-    assert torch.equal(ours, int_linear(*case))
+    found.append(int_linear(*case))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("size", [32, 128, 4096])
@@ -109,4 +114,18 @@ def test_packed_layers_take_the_kernels(scheme):
 
 
 def test_what_runs_is_told():
-    assert ops.product_here("cuda") == "our GPU kernel"
+    int_linear(*moved(*drawn(1024, 4096, 4096)))
+    assert " ms; " in ops.product_here("cuda", has_run=True)
+    int_linear(*moved(*drawn(1, 4096, 4096)))
+    assert "few rows" in ops.product_here("cuda", has_run=True)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_layer_that_serves_is_the_eager_one(mode):
+    layer, x = linear(length=96)
+    model = torch.nn.Sequential(packed(quantized(layer, "w4a16-g32", x))).cuda().eval()
+    row = torch.randn(1, 96, device="cuda")
+    with torch.inference_mode(), serving(model):
+        compiled = torch.compile(model, mode=mode)
+        for _ in range(3):  # a graph is recorded at the second
+            assert torch.equal(compiled(row), model(row))
