@@ -21,8 +21,8 @@ pytestmark = [
 
 
 # Of many cases that are alike, one stands for all: the interpreter is slow.
-FEW = "(triton and not shape3 and not shape4 and not shape5 and not compilers) or integers_alone or no_tokens or one_scale"
-FEW += " or (leading2 and not leading2-1- and not leading2-16- and not leading2-33-)"
+FEW = "(triton and not shape3 and not shape4 and not shape5 and not compilers) or integers_alone or no_tokens"
+FEW += " or one_scale or (leading2 and not leading2-1- and not leading2-16- and not leading2-33-)"
 
 
 @pytest.mark.slow
