@@ -84,7 +84,8 @@ class Bench:
     def measure(self, seed: int, way: str) -> Result:
         """`way`: float, control, or a scheme; from the cache, or made now."""
         steps = "" if way == "float" else f"-steps{self.options.steps}"
-        path = self.options.cache / f"{way}{steps}{self.options.pilot}-seed{seed}.json"
+        kept_apart = self.options.pilot if way in RECIPES else "-pilot" if self.options.pilot else ""
+        path = self.options.cache / f"{way}{steps}{kept_apart}-seed{seed}.json"
         if path.exists():
             return json.loads(path.read_text())
         print(f"seed {seed} {way} ...", flush=True)

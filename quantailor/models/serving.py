@@ -41,7 +41,8 @@ def serving(model: nn.Module) -> Iterator[list[Choice]]:
         yield choices(model)
         return
     for layer in layers:
-        layer.serves, layer.held = True, layer.packed.stored()
+        stored = layer.packed.stored()
+        layer.serves, layer.held = True, None if stored is None else stored.with_half_scale()
     try:
         decoding.install(model)
         with encoding(model) as encoded:
