@@ -18,21 +18,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from seeds import interval
+
 import quantailor as qt
 from quantailor.api import environment, examples_for
 
 # PTQ is enough for the first; the last needs training
 SCHEMES = ("w8a8", "w4a16-g32", "w2a16-g32")
 DATA = Path(os.environ.get("QUANTAILOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-
-def interval(values: list[float]) -> list[float] | None:
-    """95 % of the mean over seeds, Student's t; None below two values."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values))
-    if t is None:
-        return None
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
 
 
 def fit_rows(model: qt.Model, train, valid, seeds: int, steps: int) -> list[dict]:

@@ -22,13 +22,13 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from seeds import commit, interval
 
 import quantailor as qt
 from quantailor.api import environment, examples_for
@@ -136,20 +136,6 @@ def training(model: qt.Model) -> Result:
         "trainable": report.trainable,
         "optimizer_bytes": report.optimizer_bytes,
     }
-
-
-def commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
-    return run.stdout.strip()
-
-
-def interval(values: list[float]) -> list[float] | None:
-    """95 % of the mean over seeds, Student's t; None below two values."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values))
-    if t is None:
-        return None
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
 
 
 def spread(values: list[float]) -> Result:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from scipy.stats import spearmanr
+from seeds import interval
 
 from quantailor.api import (
     Keep,
@@ -52,15 +53,6 @@ from quantailor.verbs.studying import study_for
 DATA = Path(os.environ.get("QUANTAILOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 UNIFORM = ("w4a16-g64", "w3a16-g32", "w2a16-g32")  # 4.5, 4.0 and 3.0 bits a weight with float32 scales
 SEARCHED = ("q/k/v", "o", "ffn in", "ffn out")
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t
-
-
-def interval(values: list[float]) -> list[float] | None:
-    """95 % of the mean over seeds; None below two values."""
-    if len(values) not in T95:
-        return None
-    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
 
 
 def classifier(cache: Path, steps: int) -> Model:

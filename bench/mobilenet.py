@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from seeds import interval
 from torch import Tensor, nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
@@ -35,7 +36,6 @@ from quantailor.store.processor import ImageProcessor
 
 SIZE, CLASSES = 32, 10
 SCHEMES = ("w8a8-static", "w4a4-static")
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def images(count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -121,9 +121,7 @@ def run(seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    half = T95.get(len(values), 0.0) * (statistics.stdev(values) if len(values) > 1 else 0.0) / len(values) ** 0.5
-    mean = statistics.mean(values)
-    return {"mean": mean, "interval": [mean - half, mean + half] if len(values) in T95 else None, "values": values}
+    return {"mean": statistics.mean(values), "interval": interval(values), "values": values}
 
 
 def main() -> None:

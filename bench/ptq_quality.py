@@ -41,9 +41,10 @@ from safetensors.torch import load_file
 from quantailor.api import environment, examples_for
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "rivals"))
+sys.path[:0] = [str(HERE), str(HERE / "rivals")]
 from job import block_linears  # noqa: E402
 from judging import CONTEXT, DATA, Judge  # noqa: E402
+from seeds import commit, interval  # noqa: E402
 
 MODELS = ("stories260k", "tinystories-llama-4m")
 ROWS = 128
@@ -134,19 +135,6 @@ def coverage(layers: Sequence[str], every: Sequence[str]) -> str:
     kinds = sorted({name.rpartition(".")[2] for name in left})
     whole = all(name in left for name in every if name.rpartition(".")[2] in kinds)
     return "without " + ", ".join(kinds) + ("" if whole else f" in part ({coverage_hash(layers)})")
-
-
-def interval(values: Sequence[float]) -> list[float] | None:
-    """95 % of the mean over draws, Student's t; None below two values.
-
-    >>> interval([1.0, 2.0, 3.0])
-    [-0.484..., 4.484...]
-    """
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values))
-    if t is None:
-        return None
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
 
 
 def most_levels(weights: Sequence[torch.Tensor], group_size: int) -> int:
@@ -275,12 +263,6 @@ class Bench:
 
 def _timing(result: Result) -> Result:
     return {key: result.get(key) for key in ("started", "commit", "seconds", "peak_rss_mib", "load", "error")}
-
-
-def commit() -> str:
-    """This checkout's commit, with a mark where files differ from it."""
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
-    return run.stdout.strip()
 
 
 def chosen(entry: Entry, only: Sequence[str]) -> bool:

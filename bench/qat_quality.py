@@ -20,12 +20,10 @@ import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "rivals"))
 from attention import use  # noqa: E402
 from judging import CONTEXT, DATA, Judge  # noqa: E402
+from seeds import command, commit, interval  # noqa: E402
 
 MODELS = ("stories260k", "tinystories-llama-4m")
 # By bits, chosen on the held-out documents with a seed that counts nowhere (docs/LOG.md). The rates are for 260 000
@@ -189,24 +188,6 @@ def training(model: qt.Model) -> Result:
         "optimizer_bytes": report.optimizer_bytes,
         "notes": report.notes,
     }
-
-
-def command() -> str:
-    return shlex.join(["python", "bench/qat_quality.py", *sys.argv[1:]]).replace(str(Path.home()), "~")
-
-
-def commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
-    return run.stdout.strip()
-
-
-def interval(values: Sequence[float]) -> list[float] | None:
-    """95 % of the mean over seeds, Student's t; None below two values."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values))
-    if t is None:
-        return None
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
 
 
 def both(ways: dict[str, dict[int, Result]], one: str, other: str) -> list[tuple[int, Result]]:

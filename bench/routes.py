@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from seeds import interval
+
 import quantailor as qt
 from quantailor.api import environment, examples_for
 from quantailor.data.examples import Examples
@@ -42,7 +44,6 @@ GRADIENTS = {"1.58": "bitnet", "1": "lsq"}  # the better ones of --pilot
 SCRATCH_RATE = 1e-2  # of random weights; the table's rates are for trained ones
 CONTEXT, BATCH = 128, 8
 PILOT_SEED = 1000
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 class Bench:
@@ -124,14 +125,6 @@ def pilot(bench: Bench) -> None:
     for bits, gradients in (("1.58", ("bitnet", "lsq")), ("1", ("xnor", "lsq", "binaryconnect"))):
         for gradient in gradients:
             bench.cell(bits, "direct", PILOT_SEED, gradient=gradient)
-
-
-def interval(values: list[float]) -> list[float] | None:
-    """95 % of the mean over seeds, Student's t; None where there is no such figure."""
-    if len(values) not in T95:
-        return None
-    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
 
 
 def summary(bench: Bench, seeds: int) -> list[dict[str, Any]]:

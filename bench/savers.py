@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from seeds import interval
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantailor as qt
@@ -39,7 +40,6 @@ from quantailor.qat.freezing import frozen
 DATA = Path(os.environ.get("QUANTAILOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SCHEME = "w2a16-g32"
 ROWS, LENGTH = 8, 64
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,9 @@ def cached(path: Path, key: list[Any], work: Callable[[], dict[str, Any]]) -> di
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median and range; 95 % of the mean (Student's t) where there are as many as five."""
-    half = T95.get(len(values), 0.0) * (statistics.stdev(values) if len(values) > 1 else 0.0) / len(values) ** 0.5
-    mean = statistics.mean(values)
-    interval = [mean - half, mean + half] if len(values) in T95 else None
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "mean": mean,
-            "interval": interval}  # fmt: skip
+    """Median and range; 95 % of the mean over two to five values."""
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return found | {"mean": statistics.mean(values), "interval": interval(values)}
 
 
 def main() -> None:

@@ -27,6 +27,13 @@ def convert(
             show_default=False,
         ),
     ],
+    half_scales: Annotated[
+        bool,
+        typer.Option(
+            "--half-scales",
+            help="round scales to half precision: a GGUF then holds the model to the last bit, and serving reads less",
+        ),
+    ] = False,
     overwrite: o.OverwriteOption = False,
     json: o.JsonOption = False,
 ) -> None:
@@ -39,7 +46,7 @@ def convert(
     """
     from quantailor.verbs import converting
 
-    receipt = converting.convert(source, out, to, overwrite=overwrite)  # type: ignore[arg-type]
+    receipt = converting.convert(source, out, to, overwrite=overwrite, half_scales=half_scales)  # type: ignore[arg-type]
     logits = receipt.max_logit_difference
     ran = "not run" if logits is None else f"logits differ by {logits:.2g} of the largest"
     same = "the same integers in all" if receipt.integers_equal else "NOT the same integers"

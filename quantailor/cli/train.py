@@ -92,6 +92,9 @@ def train(
     freeze_ranges: Annotated[
         float | None, typer.Option(help="share of the run after which static input ranges stay")
     ] = None,
+    group_by_length: Annotated[
+        bool, typer.Option("--group-by-length", help="rows of about one length share a batch, so little is padded")
+    ] = False,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16 (mixed)")] = "float32",
     backward: Annotated[
         str, typer.Option(help="what integer layers multiply gradients in: auto, bfloat16 or float32")
@@ -206,6 +209,7 @@ def train(
         layer_decay=layer_decay,
         freeze_lower=freeze_lower,
         freeze_ranges=freeze_ranges,
+        group_by_length=group_by_length,
         precision=precision,
         backward=backward,
         gradient_checkpointing=gradient_checkpointing,

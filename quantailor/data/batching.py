@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from quantailor.data.encode import IGNORED
 from quantailor.data.streams import LMWindows
@@ -146,3 +146,36 @@ def drawn_rows(num_rows: int, limit: int | None, seed: int) -> list[int]:
     A smaller `limit` draws the first of what a larger one draws.
     """
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()[:limit]
+
+
+class LengthGrouped(Sampler[int]):
+    """Rows in random order, but those of one batch of about one length, so that little is padded.
+
+    Each run of `_SORTED` batches of a random order is sorted and cut into batches, whose order is drawn again: no pass
+    goes from long rows to short ones. A pass's order depends on `seed` and `epoch` alone.
+    """
+
+    _SORTED = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the loader before each pass."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = torch.randperm(len(self), generator=generator).tolist()
+        batches: list[list[int]] = []
+        for start in range(0, len(drawn), run := self._SORTED * self.batch_size):
+            rows = sorted(drawn[start : start + run], key=self.lengths.__getitem__)
+            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        short = [batch for batch in batches if len(batch) < self.batch_size]  # one at most; it ends the pass
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        order = torch.randperm(len(full), generator=generator).tolist()
+        for batch in [*(full[i] for i in order), *short]:
+            yield from batch

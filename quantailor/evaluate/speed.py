@@ -77,6 +77,10 @@ def bytes_a_token(model: nn.Module) -> int:
             continue
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             held[tensor.data_ptr()] = tensor
+    for _, layer in modules_of(model, QuantLinear):
+        stored = layer.packed.stored() if layer.scheme.input is None else None
+        if stored is not None and (half := stored.with_half_scale().half_scale) is not None:
+            held[stored.scale.data_ptr()] = half  # what serving reads in their place
     return sum(t.numel() * t.element_size() for t in held.values())
 
 
@@ -149,7 +153,7 @@ def _product(layer: QuantLinear, scheme: str, layers: int, rows: int) -> Product
         ms[takes] = 1e3 * seconds_of(lambda: layer(x))
         why = f"its inputs are integers as well, by {product_here(x.device.type, has_run=True)}"
     else:
-        held = packed.stored()
+        held = None if (stored := packed.stored()) is None else stored.with_half_scale()
         reason = decode.why_not(held, rows, x.device.type)
         takes = "float blocks" if reason else "packed kernel"
         why = reason or f"up to {decode.most_rows(x.device.type)} rows it reads each weight once, packed"

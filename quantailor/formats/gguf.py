@@ -72,7 +72,7 @@ def write(
         notes.append(
             f"scales are fp16 in GGUF: the largest change is {scale:.2g} of the scale"
             + (f", of an offset {offset:.2g} of a step" if offset else "")
-            + "; quantize to fp16 scales (with_half_scales) to have none"
+            + "; convert the model with --half-scales first (with_half_scales) to have none"
         )
     return ExportReceipt("gguf", (str(out),), len(planned.layers), True, logits, tuple(notes), None, differences, scale)
 

@@ -41,9 +41,10 @@ def serving(model: nn.Module) -> Iterator[list[Choice]]:
         yield choices(model)
         return
     for layer in layers:
-        layer.serves, layer.held = True, layer.packed.stored()
+        stored = layer.packed.stored()
+        layer.serves, layer.held = True, None if stored is None else stored.with_half_scale()
         if layer.scheme.input is None:
-            layer.rows_compiled = decode.most_rows_compiled(layer.held, layer.packed.scales().device.type)
+            layer.rows_compiled = decode.most_rows_compiled(stored, layer.packed.scales().device.type)
     try:
         decoding.install(model)
         with encoding(model) as encoded:

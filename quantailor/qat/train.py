@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from quantailor.data.batching import length_of
 from quantailor.data.examples import Examples
 from quantailor.errors import UsageError
 from quantailor.kernels.native import library as native
@@ -109,7 +110,7 @@ def train(
     rates = learning_rates(settings, bits, sum(p.numel() for p in model.parameters()))
     notes = _uncalibrated(model) + _without_kernels(_device())
     saves = work is not None if saves is None else saves
-    _check(settings)
+    _check(settings, examples)
     distiller, gamma_told = distiller_of(teacher, settings, examples, _device())
     notes += gamma_told
     with ExitStack() as stack:
@@ -261,8 +262,10 @@ def _run(
     return watch, trainer
 
 
-def _check(settings: Settings) -> None:
+def _check(settings: Settings, examples: Examples) -> None:
     world = distributed.world()
+    if settings.group_by_length and len({length_of(examples.dataset[row]) for row in range(len(examples))}) == 1:
+        raise UsageError("group_by_length has no effect where all rows are of one length, as here; leave it out")
     if settings.parallel == "fsdp2" and world == 1:
         raise UsageError("parallel='fsdp2' shares a model between processes, and this is one; start it by torchrun")
     if settings.batch_size % world:

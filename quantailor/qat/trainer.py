@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
+from quantailor.data.batching import LengthGrouped, length_of
 from quantailor.errors import QuantailorError, UsageError
 from quantailor.qat import distributed
 from quantailor.qat.checkpoint import Restored, restore_optimizer, restore_random
@@ -68,6 +69,13 @@ class QATTrainer(Trainer):
         groups = parameter_groups(self.model, self.settings, self.rates)
         self.optimizer = adamw(self.settings)(groups, betas=(0.9, 0.99))
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.settings.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset
+        lengths = [length_of(rows[index]) for index in range(len(rows))]
+        return LengthGrouped(lengths, self.settings.batch_size * self.settings.accumulate, self.settings.seed)
 
     # ------------------------------------------------------------------------------------------------ the loss
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantailor.data.batching import LMDataset, PadCollator, RecordDataset, batches
+from quantailor.data.batching import LengthGrouped, LMDataset, PadCollator, RecordDataset, batches
 from quantailor.data.streams import lm_windows
 from quantailor.errors import UsageError
 
@@ -110,3 +110,22 @@ def test_the_trainer_takes_both(tiny_lm, windows, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(tiny_lm)
         trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=PadCollator(0))
         assert trainer.train().training_loss > 0
+
+
+def test_rows_of_one_length_share_a_batch():
+    """Every row once; each full batch a run of the sorted lengths; another order in each pass and for each seed, and
+    the same one again for the same."""
+    lengths = torch.randint(3, 60, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = LengthGrouped(lengths, 8, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(1003)) and len(sampler) == 1003 and list(sampler) == first
+    batches = [first[i : i + 8] for i in range(0, 1003, 8)]
+    assert len(batches[-1]) == 1003 % 8 and {len(batch) for batch in batches[:-1]} == {8}
+    longest = [max(lengths[row] for row in batch) for batch in batches]
+    padded = sum(8 * most for most in longest) / sum(lengths)
+    assert padded < 1.1  # 1.75 in a random order
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+    assert abs(sum(longest[:40]) / 40 - sum(longest) / len(longest)) < 10  # no way from long to short
+    sampler.set_epoch(1)
+    assert list(sampler) != first and list(sampler) == list(LengthGrouped(lengths, 8, seed=2))
+    assert list(LengthGrouped([], 8, seed=0)) == [] and sorted(LengthGrouped([5, 3], 8, seed=0)) == [0, 1]

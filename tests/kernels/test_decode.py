@@ -74,6 +74,41 @@ def test_equal_to_the_formula(bits, kind, size):
 
 
 @needs_kernel
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [(b, k) for b in (1, 2, 3, 4, 8) for k in ("moved", "zero points")] + [(8, "signed"), (4, "levels")],
+)
+def test_scales_of_half_precision_are_read_as_such(bits, kind, size):
+    """The same numbers in half the bytes: the same bits come out. Nothing is read beyond the last scale."""
+    tokens, length, rows, group = size
+    _, weight = drawn(bits, length, rows, group, kind)
+    assert weight.with_half_scale() is weight  # float32 numbers that half precision has not
+    weight = dataclasses.replace(weight, scale=weight.scale.half().float())
+    half = weight.with_half_scale()
+    if weight.groups == 1:
+        assert half is weight
+        return
+    assert half.half_scale.dtype == torch.float16 and half.native.half
+    if why_not(weight, tokens, "cpu"):
+        return
+    ended = torch.full((half.half_scale.numel() + 64,), torch.nan, dtype=torch.float16)
+    ended[:-64] = half.half_scale.flatten()
+    half = dataclasses.replace(half, half_scale=ended[:-64].view_as(half.half_scale))
+    x = spread(tokens, length)
+    assert torch.equal(decode_linear(x, half), decode_linear(x, weight))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 7e4, float("nan"), 1.0009765625e-6])
+def test_scales_that_half_precision_has_not_stay_as_they_are(scale):
+    _, weight = drawn(4, 64, 3, 32, "moved")
+    weight = dataclasses.replace(weight, scale=torch.full((3, 2), 0.5))
+    assert not decode.has_kernel() or weight.with_half_scale().half_scale is not None
+    weight.scale[1, 1] = scale
+    assert weight.with_half_scale() is weight
+
+
+@needs_kernel
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_integers_in_are_exact_sums_out(bits):
     """Inputs that 16 bits hold and scales that are powers of two: not a bit may be lost."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from quantailor.data.batching import LengthGrouped
 from quantailor.evaluate.run import evaluate
 from quantailor.qat import checkpoint, trainer
 from quantailor.qat.settings import Settings
@@ -152,6 +153,49 @@ def test_every_setting_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, set
             run(tmp_path / "work", **settings)
     found, resumed, _ = run(tmp_path / "work", **settings)
     assert found == expected and without_note(resumed) == without_note(report)
+
+
+@pytest.mark.parametrize("step", [5, 17])
+def test_rows_grouped_by_length_go_on_with_the_same_batches(
+    classifier, rows, simulated_at, tmp_path, monkeypatch, step
+):
+    """48 rows in batches of 4: the second kill is in the second pass, whose order is another."""
+    seen = []
+
+    def go(folder=None):
+        model = copy.deepcopy(simulated_at("w8a8", "classification").model)
+        work = None if folder is None else Work(folder, {"config": "one"}, states=checkpoint.KEPT)
+        settings = Settings(**{**OPTIONS, "steps": 24, "group_by_length": True, "task_weight": 1.0, "kl_weight": 0.0})
+        report = train(model, rows, lambda m: (evaluate(m, rows).mean_loss,), settings, work=work)
+        assert report.improved
+        return checkpoint.fingerprint(model)
+
+    real = trainer.QATTrainer.training_step
+
+    def watched(self, model, inputs, *more, **others):
+        seen.append(inputs["input_ids"])
+        return real(self, model, inputs, *more, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.QATTrainer, "training_step", watched)
+        expected = go()
+    lengths = [len(row["input_ids"]) for row in rows.dataset.rows]
+    for epoch in (0, 1):
+        sampler = LengthGrouped(lengths, 4, seed=0)
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for batch, number in zip(seen[12 * epoch :], range(0, 48, 4)):
+            wanted = rows.collator([rows.dataset[row] for row in order[number : number + 4]])["input_ids"]
+            assert torch.equal(batch, wanted)
+    with monkeypatch.context() as patch:
+
+        def kill():
+            raise Killed
+
+        dying_at(patch, step, kill)
+        with pytest.raises(Killed):
+            go(tmp_path / "work")
+    assert go(tmp_path / "work") == expected
 
 
 def test_dropout_and_batch_norm_go_on_too(run, tmp_path, monkeypatch):

@@ -112,3 +112,8 @@ def test_eight_bit_states_say_what_to_install(run, monkeypatch):
     monkeypatch.setattr(trainer_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs bitsandbytes, which is not installed; pip install bitsandbytes"):
         run(optimizer="adamw-8bit")
+
+
+def test_rows_of_one_length_are_not_grouped_by_it(run):
+    with pytest.raises(UsageError, match="group_by_length has no effect where all rows are of one length"):
+        run(group_by_length=True)

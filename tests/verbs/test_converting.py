@@ -9,9 +9,10 @@ from quantailor import api
 from quantailor.errors import UsageError
 from quantailor.evaluate.parity import digests
 from quantailor.formats.receipt import ExportReceipt
+from quantailor.kernels import decode
 from quantailor.verbs import exporting
 from tests.formats import foreign_making as make
-from tests.formats.making import bytes_of
+from tests.formats.making import bytes_of, quantized
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,21 @@ def test_bad_places_and_names(theirs, tiny_lm, tmp_path):
         api.convert(tiny_lm, tmp_path / "out", "hf")
     with pytest.raises(UsageError, match="never written to"):
         api.convert(theirs["gptq"], theirs["gptq"] / "model.gguf", "gguf")
+
+
+def test_half_scales_are_said_kept_and_served(tmp_path, tiny_lm):
+    """The integers stay, every scale is a number of half precision, and serving reads them as such."""
+    packed = api.pack(quantized(api.load(tiny_lm), "w4a16-g32"))
+    before = {name: m.packed.scale.clone() for name, m in packed.model.named_modules() if hasattr(m, "packed")}
+    receipt = api.convert(packed, tmp_path / "half", "own", half_scales=True)
+    plain = api.convert(packed, tmp_path / "plain", "own")
+    assert "scales were rounded to fp16" in receipt.notes[0] and not any("fp16" in note for note in plain.notes)
+    assert integers(tmp_path / "half") == integers(tmp_path / "plain")
+    model = api.load(tmp_path / "half").model
+    for name, scale in before.items():
+        module = model.get_submodule(name)
+        assert torch.equal(module.packed.scale, scale.half().float()) and not torch.equal(module.packed.scale, scale)
+        stored = module.packed.stored().with_half_scale()
+        assert (stored.half_scale is None) == (not decode.has_kernel())
+    with pytest.raises(UsageError, match="half_scales is about a quantized model's scales"):
+        api.convert(tiny_lm, tmp_path / "x.gguf", "gguf", half_scales=True)

@@ -147,7 +147,7 @@ void prepare_token(const float *x, const weight *w, token *t) {
     FOR_KIND(w->kind, prepare(x, w->n, kind, (float)w->c, t));
 }
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__BMI2__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__BMI2__) && defined(__F16C__)
 #include <immintrin.h>
 
 int32_t decode_ready(void) { return 1; }
@@ -158,7 +158,7 @@ typedef struct {
     int64_t steps, whole, many;  // steps; those that lie whole in a row; steps to a group
     int64_t left;                // groups in the last step, where `parts` > 1
     int parts;                   // groups to a step
-    __m256i order, last_mask;
+    __m256i order;
     __m256i low_levels, high_levels;
 } layout;
 
@@ -171,13 +171,11 @@ static layout layout_of(const weight *w, int kind) {
     f.parts = w->groups == 1 || w->group >= v ? 1 : (int)(v / w->group);
     f.many = w->groups == 1 ? f.steps : w->group >= v ? w->group / v : 1;
     f.left = w->groups - (f.steps - 1) * f.parts;
-    int32_t index[8], some[8];
+    int32_t index[8];
     for (int l = 0; l < 8; l++) {
         index[l] = f.parts == 2 ? l / 4 % 2 : l * f.parts / 8;
-        some[l] = l < f.left ? -1 : 0;
     }
     f.order = _mm256_loadu_si256((const __m256i *)index);
-    f.last_mask = _mm256_loadu_si256((const __m256i *)some);
     if (kind == NF4) {
         int8_t low[16], high[16];
         for (int i = 0; i < 16; i++) {
@@ -250,12 +248,42 @@ static inline __attribute__((always_inline)) __m256i sums_of_step(const uint8_t 
     return _mm256_add_epi32(_mm256_madd_epi16(h, shift), _mm256_madd_epi16(l, ones));
 }
 
+// `count` scales, 1, 2, 4 or 8 of them, each for its share of the lanes.
+static inline __attribute__((always_inline)) __m256 scales_of_lanes(const char *scales, int count, int half, __m256i order) {
+    if (half) {
+        if (count == 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales));
+        uint64_t bits = 0;
+        memcpy(&bits, scales, (size_t)(2 * count));
+        __m128 some = _mm_cvtph_ps(_mm_cvtsi64_si128((long long)bits));
+        if (count == 1) return _mm256_broadcastss_ps(some);
+        return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(some), order);
+    }
+    if (count == 1) return _mm256_broadcast_ss((const float *)scales);
+    if (count == 2) return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd((const double *)scales)), order);
+    if (count == 4) return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)scales)), order);
+    return _mm256_loadu_ps((const float *)scales);
+}
+
+// The same of the last step, which may hold `left` groups alone; the lanes beyond multiply nothing but zeros.
+static inline __attribute__((always_inline)) __m256 last_scales(const char *scales, const layout *f, int half) {
+    float some[8] = {0};
+    for (int i = 0; i < f->left; i++) {
+        if (!half) memcpy(some + i, scales + 4 * i, 4);
+        else {
+            uint16_t bits;
+            memcpy(&bits, scales + 2 * i, 2);
+            some[i] = _cvtsh_ss(bits);
+        }
+    }
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(some), f->order);
+}
+
 // One step of `many` rows, whose weights start at `at` and stand `apart` bytes from each other. `parted` as layout.parts
 // where that is 1 or 2, and 3 for more; `last`: the step may hold fewer groups, and nothing is fetched beforehand.
 static inline __attribute__((always_inline)) void one_step(const layout *f, const token *t, int64_t s, const uint8_t *at,
-                                                            int64_t apart, const float *scale, int64_t scale_stride,
+                                                            int64_t apart, const char *scale, int64_t scale_stride,
                                                             const uint8_t *zero, int64_t groups, int many, int kind,
-                                                            int parted, int has_zeros, int last, __m256 *sum) {
+                                                            int parted, int has_zeros, int half, int last, __m256 *sum) {
     const int width = in_words(kind) ? 2 * inputs_of(kind) : inputs_of(kind);
     const int8_t *high = t->high + s * width, *low = t->low + s * width;
     const __m256 x_scale = _mm256_broadcast_ss(t->x_scale + s), moved = _mm256_loadu_ps(t->moved + s * 8);
@@ -263,19 +291,9 @@ static inline __attribute__((always_inline)) void one_step(const layout *f, cons
     for (int r = 0; r < many; r++) {
         if (!last) _mm_prefetch((const char *)(at + (many + r) * apart), _MM_HINT_T0);
         __m256 d = _mm256_cvtepi32_ps(sums_of_step(at + r * apart, high, low, kind, f)), of_w;
-        const float *scales = scale + r * scale_stride;
-        if (parted == 1) {
-            of_w = _mm256_broadcast_ss(scales);
-        } else if (parted == 2) {
-            of_w = _mm256_castpd_ps(_mm256_broadcast_sd((const double *)scales));
-            if (last && f->left == 1) of_w = _mm256_broadcast_ss(scales);
-            of_w = _mm256_permutevar_ps(of_w, f->order);
-        } else {
-            if (last) of_w = _mm256_maskload_ps(scales, f->last_mask);
-            else if (f->parts == 4) of_w = _mm256_castps128_ps256(_mm_loadu_ps(scales));
-            else of_w = _mm256_loadu_ps(scales);
-            of_w = _mm256_permutevar8x32_ps(of_w, f->order);
-        }
+        const char *scales = scale + r * scale_stride;
+        if (last && parted > 1) of_w = last_scales(scales, f, half);
+        else of_w = scales_of_lanes(scales, parted < 3 ? parted : f->parts, half, f->order);
         if (has_zeros) {
             const uint8_t *zeros = zero + r * groups;
             __m256 move = parted > 1 ? moves_of_lanes(zeros, last ? f->left : f->parts, f->parts, f->order)
@@ -289,35 +307,36 @@ static inline __attribute__((always_inline)) void one_step(const layout *f, cons
 }
 
 static inline __attribute__((always_inline)) void some_rows(const weight *w, const layout *f, const token *t, int64_t from,
-                                                             int many, int kind, int parted, int has_zeros, const float *bias, float *y) {
-    const int size = bytes_of(kind);
-    const int64_t steps = f->steps, apart = w->row_bytes, scale_stride = w->scale_stride, groups = w->groups;
+                                                             int many, int kind, int parted, int has_zeros, int half, const float *bias,
+                                                             float *y) {
+    const int size = bytes_of(kind), scale_size = half ? 2 : 4;
+    const int64_t steps = f->steps, apart = w->row_bytes, scale_stride = w->scale_stride * scale_size, groups = w->groups;
     const uint8_t *row = (const uint8_t *)w->w + from * apart, *zero = has_zeros ? w->zeros + from * groups : 0;
-    const float *scale = w->scale + from * scale_stride;
+    const char *scale = (const char *)w->scale + from * scale_stride;
     const token local = *t;
     __m256 sum[ROWS];
     for (int r = 0; r < many; r++) sum[r] = _mm256_setzero_ps();
 #define STEP(AT, APART, LAST) \
-    one_step(f, &local, s, AT, APART, scale, scale_stride, zero, groups, many, kind, parted, has_zeros, LAST, sum)
+    one_step(f, &local, s, AT, APART, scale, scale_stride, zero, groups, many, kind, parted, has_zeros, half, LAST, sum)
     int64_t s = 0;
     if (parted > 1) {
         const int parts = parted == 2 ? 2 : f->parts;
         for (; s < steps - 1; s++) {
             STEP(row + s * size, apart, 0);
-            scale += parts;
+            scale += parts * scale_size;
             if (has_zeros) zero += parts;
         }
     } else if (f->many == 1) {
         for (; s < steps - 1; s++) {
             STEP(row + s * size, apart, 0);
-            scale++;
+            scale += scale_size;
             if (has_zeros) zero++;
         }
     } else {
         for (int64_t until = f->many; s < steps - 1; until += f->many) {
             for (; s < until && s < steps - 1; s++) STEP(row + s * size, apart, 0);
             if (s == until) {
-                scale++;
+                scale += scale_size;
                 if (has_zeros) zero++;
             }
         }
@@ -335,20 +354,26 @@ static inline __attribute__((always_inline)) void some_rows(const weight *w, con
 }
 
 // A function for each kind and layout, so that each has the registers to itself.
-#define VARIANT(KIND, PARTED, ZEROS)                                                                                      \
-    static __attribute__((noinline)) void rows_##KIND##_##PARTED##_##ZEROS(const weight *w, const layout *f, const token *t, \
-                                                                           const float *bias, int64_t o, int64_t to, float *y) { \
-        for (; o + ROWS <= to; o += ROWS) some_rows(w, f, t, o, ROWS, KIND, PARTED, ZEROS, bias, y);                            \
-        for (; o < to; o++) some_rows(w, f, t, o, 1, KIND, PARTED, ZEROS, bias, y);                                             \
+#define VARIANT(KIND, PARTED, ZEROS, HALF)                                                                        \
+    static __attribute__((noinline)) void rows_##KIND##_##PARTED##_##ZEROS##_##HALF(                              \
+        const weight *w, const layout *f, const token *t, const float *bias, int64_t o, int64_t to, float *y) {   \
+        for (; o + ROWS <= to; o += ROWS) some_rows(w, f, t, o, ROWS, KIND, PARTED, ZEROS, HALF, bias, y);        \
+        for (; o < to; o++) some_rows(w, f, t, o, 1, KIND, PARTED, ZEROS, HALF, bias, y);                         \
     }
-#define VARIANTS(KIND)                                                                                                    \
-    VARIANT(KIND, 1, 0) VARIANT(KIND, 2, 0) VARIANT(KIND, 3, 0) VARIANT(KIND, 1, 1) VARIANT(KIND, 2, 1) VARIANT(KIND, 3, 1) \
-    static void rows_of_##KIND(const weight *w, const token *t, const float *bias, int64_t from, int64_t to, float *y) {                     \
-        const layout f = layout_of(w, KIND);                                                                              \
-        if (w->zeros) (f.parts == 1 ? rows_##KIND##_1_1 : f.parts == 2 ? rows_##KIND##_2_1 : rows_##KIND##_3_1)(w, &f, t, bias, from, to, y); \
-        else (f.parts == 1 ? rows_##KIND##_1_0 : f.parts == 2 ? rows_##KIND##_2_0 : rows_##KIND##_3_0)(w, &f, t, bias, from, to, y); \
+#define LAYOUTS(KIND, ZEROS, HALF) \
+    VARIANT(KIND, 1, ZEROS, HALF) VARIANT(KIND, 2, ZEROS, HALF) VARIANT(KIND, 3, ZEROS, HALF)
+#define OF_LAYOUT(KIND, ZEROS, HALF)                                     \
+    (f.parts == 1   ? rows_##KIND##_1_##ZEROS##_##HALF                   \
+     : f.parts == 2 ? rows_##KIND##_2_##ZEROS##_##HALF                   \
+                    : rows_##KIND##_3_##ZEROS##_##HALF)(w, &f, t, bias, from, to, y)
+#define KINDS(KIND)                                                                                               \
+    LAYOUTS(KIND, 0, 0) LAYOUTS(KIND, 1, 0) LAYOUTS(KIND, 0, 1) LAYOUTS(KIND, 1, 1)                               \
+    static void rows_of_##KIND(const weight *w, const token *t, const float *bias, int64_t from, int64_t to, float *y) { \
+        const layout f = layout_of(w, KIND);                                                                      \
+        if (w->half) w->zeros ? OF_LAYOUT(KIND, 1, 1) : OF_LAYOUT(KIND, 0, 1);                                    \
+        else w->zeros ? OF_LAYOUT(KIND, 1, 0) : OF_LAYOUT(KIND, 0, 0);                                            \
     }
-VARIANTS(1) VARIANTS(2) VARIANTS(3) VARIANTS(4) VARIANTS(8) VARIANTS(UNSIGNED8) VARIANTS(NF4)
+KINDS(1) KINDS(2) KINDS(3) KINDS(4) KINDS(8) KINDS(UNSIGNED8) KINDS(NF4)
 
 static void float_rows(const weight *w, const float *x, const float *bias, int64_t from, int64_t to, float *y) {
     for (int64_t o = from; o < to; o++) {
