@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from quantailor.numerics.packing import pack
 from quantailor.spec import NF4, Balanced, Binary, Int, PerChannel, PerGroup, QuantSpec, Scheme, Ternary
 
 _TOO_FAR = 0.01  # a scale that fp16 cannot hold to 1 % is no scale any more: below 2^-18 or beyond 65504
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def why_not(scheme: Scheme, length: int) -> str | None:
@@ -132,7 +134,7 @@ def to_blocks(weight: PackedWeight, rows: int | None = None) -> tuple[Blocks, Ro
 
 
 @torch.no_grad()
-def with_half_scales(model: nn.Module) -> tuple[nn.Module, float]:
+def with_half_scales(model: Net) -> tuple[Net, float]:
     """A copy of a packed model whose scales are fp16 numbers, and the largest relative change of one.
 
     What it computes, and what is saved of it, is then what its GGUF holds, to the last bit; the integers stay. Doubly

@@ -42,7 +42,8 @@ def convert(
     if (to == "gguf") != (out.suffix.lower() == ".gguf"):
         example = shown(out.with_suffix(".gguf") if to == "gguf" else out.with_suffix(""))
         raise UsageError(f"{to} is {'one file' if to == 'gguf' else 'a folder'}; name it such as {example}")
-    model, notes = _ready(source), ()
+    model = _ready(source)
+    notes: tuple[str, ...] = ()
     if half_scales:
         if model.state is None:
             raise UsageError("half_scales is about a quantized model's scales, and this one is float; leave it out")
