@@ -1,16 +1,19 @@
 """How fast are packed models beside float, other engines and other tools, and how near the memory's limit?
 
-    python bench/inference.py [--layers 22] [--rounds 3] [--threads 2] [--work DIR] [--torchao DIR]
+    python bench/inference.py [--layers 22] [--rounds 3] [--threads 2] [--cold 1] [--work DIR] [--torchao DIR]
                               [--llamacpp VENV/bin/python] [--openvino DIR] [--only lm|bert] [--out FILE]
 
 Two models of real shapes with seeded random weights, which is right for time and memory and says nothing of quality: a
 1.1 B Llama (bench/ptq_memory.py), head quantized too, decoded at batch 1, and BERT-base, 128 tokens, batches of 1 and
-32. Each contestant is a process of its own (inference_worker.py), all are loaded first, and rounds go through them in
-turn, forwards and backwards; the first round does not count. Where others work beside, a second says little: tokens a
-CPU second are beside tokens a second, and mean most with --threads 1. Several OMP threads are bound to cores. Ratios
-are taken round by round, against float32 and (decoding) llama.cpp. TORCHAO and OPENVINO are folders to import these
-from, VENV has llama-cpp-python; what is not given, or fails, stands in the result as not measured, with the reason. A
-table, then one JSON line.
+32 (--batch). Each contestant is a process of its own (inference_worker.py), all are loaded first, and rounds go through
+them in turn, forwards and backwards; the first round does not count. Where others work beside, a second says little:
+tokens a CPU second are beside tokens a second, and mean most with --threads 1. Several OMP threads are bound to cores.
+Ratios are taken round by round, against float32, bfloat16 in the same engine as ours, and (decoding) llama.cpp.
+Compiled rows are torch.compile with weights frozen, compiled in the round that does not count; their row says that one
+graph a shape ran, or they are not measured. Loading is timed with files in the system's cache and, before all else and
+--cold times, with files dropped from it; where some stayed, a note says so. TORCHAO and OPENVINO are folders to import
+these from, VENV has llama-cpp-python; what is not given, or fails, stands in the result as not measured, with the
+reason. A table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -32,18 +35,16 @@ from quantailor import api
 from quantailor.evaluate.speed import memory_gb_per_s
 from quantailor.formats import gguf
 from quantailor.formats.gguf_layers import with_half_scales
+from quantailor.kernels.ops import multiplies_int8
 from quantailor.models.prepare import pack_model, prepare
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.verbs.quantizing import recipe_for
 
 WORKER = Path(__file__).with_name("inference_worker.py")
-BERT_KEYS = ("batch 1", "batch 32", "batch 1_cpu", "batch 32_cpu")
 LM_SCHEMES = ("w4a16-g32", "w8a16")
-NOT_HERE = {
-    "AMX and AVX-512 kernels": "this machine has AVX2 alone",
-    "GPU": "there is none here",
-    "bitsandbytes": "not run",
-}
+NOT_HERE = {"GPU": "there is none here", "bitsandbytes": "not run"}
+if not multiplies_int8():
+    NOT_HERE = {"AMX and AVX-512 kernels": "this machine has AVX2 alone"} | NOT_HERE
 
 
 def packed_lm(folder: Path, scheme: str, out: Path) -> None:
@@ -91,13 +92,31 @@ def bert(work: Path) -> dict[str, Path]:
     return places
 
 
+def from_disk(contestant: tuple, times: int) -> dict:
+    """Of processes that read and load files dropped from the cache: the medians, the most that stayed, a note of it."""
+    name, python, kind, place, env = contestant
+    found = []
+    for _ in range(times):
+        command = [python, str(WORKER), kind, str(place), "--cold"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if not lines:
+            return {"note": f"not measured: {done.stderr.strip()[-300:] or f'status {done.returncode}'}"}
+        found.append(json.loads(lines[-1]))
+    seconds = {key: statistics.median(one[key] for one in found) for key in ("load_seconds", "read_seconds")}
+    stayed = max(one[key] for one in found for key in ("cached_before_read", "cached_before_load"))
+    print(f"from disk {name} {seconds} {stayed:.1%} stayed in the cache", flush=True)
+    note = f"{stayed:.1%} of the files stayed in the system's cache" if stayed > 0.01 else ""
+    return seconds | {"stayed": stayed} | ({"note": note} if note else {})
+
+
 class Contestant:
     """A worker that waits for its turn."""
 
-    def __init__(self, name: str, python: str, kind: str, place: Path, env: dict[str, str], tokens: int):
+    def __init__(self, name: str, python: str, kind: str, place: Path, env: dict[str, str], options: list[str]):
         self.name, self.rounds, self.failed = name, [], ""
         self.process = subprocess.Popen(
-            [python, str(WORKER), kind, str(place), "--tokens", str(tokens)],
+            [python, str(WORKER), kind, str(place), *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env,
         )  # fmt: skip
         self.loaded = self._answer()
@@ -123,15 +142,17 @@ class Contestant:
         self.process.wait()
 
 
-def compare(contestants: list[tuple], rounds: int, keys: tuple[str, ...], tokens: int) -> dict[str, dict]:
+def compare(contestants: list[tuple], keys: tuple[str, ...], o: argparse.Namespace) -> dict[str, dict]:
     """Name -> loading, memory, and each key's median and spread; failures with their reason."""
-    running, found = [], {}
+    running, found, options = [], {}, ["--tokens", str(o.tokens), "--batch", str(o.batch)]
+    # First, since what a contestant that waits has mapped cannot be dropped.
+    cold = {one[0]: from_disk(one, o.cold) for one in contestants if o.cold}
     try:
         for name, *rest in contestants:
-            one = Contestant(name, *rest, tokens)
+            one = Contestant(name, *rest, options)
             running.append(one)
             print(f"loaded {name}" if not one.failed else f"{name} failed: {one.failed}", flush=True)
-        for turn in range(rounds + 1):
+        for turn in range(o.rounds + 1):
             for one in running if turn % 2 else running[::-1]:
                 if one.failed:
                     continue
@@ -151,11 +172,22 @@ def compare(contestants: list[tuple], rounds: int, keys: tuple[str, ...], tokens
         above = peak - one.loaded["rss_before"]
         row |= {"peak_over_file": above / one.loaded["file_bytes"]}
         row |= {"load_over_read": one.loaded["load_seconds"] / one.loaded["read_seconds"]}
+        row |= loaded_cold(cold.get(one.name, {}), one.loaded["read_seconds"])
+        row |= {key: one.rounds[-1][key] for key in ("compiled",) if key in one.rounds[-1]}
         for key in keys:
             values = [r[key] for r in one.rounds]
             row[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
         found[one.name] = row
     return found
+
+
+def loaded_cold(cold: dict, warm_read: float) -> dict:
+    """What a row says of it. `warm_read`: seconds of reading the same files from the cache."""
+    if "load_seconds" not in cold:
+        return {"cold": cold} if cold else {}
+    if "note" not in cold and cold["read_seconds"] < 1.2 * warm_read:
+        cold["note"] = "read about as fast as from the system's cache: another cache lies below it"
+    return {"cold": cold, "load_over_read_cold": cold["load_seconds"] / cold["read_seconds"]}
 
 
 def against(found: dict[str, dict], base: str, key: str) -> None:
@@ -175,6 +207,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=16, help="new ones of a language model a round")
+    parser.add_argument("--batch", type=int, default=32, help="the larger one of BERT")
+    parser.add_argument("--cold", type=int, default=1, help="loads from disk, of which the median; 0: none")
     parser.add_argument("--work", type=Path, default=None, help="where models are made and kept")
     parser.add_argument("--torchao", default="")
     parser.add_argument("--llamacpp", default="")
@@ -211,8 +245,8 @@ def main() -> None:
             contestants.append(("llama.cpp Q4_0", o.llamacpp, "llamacpp", file, env))
         else:
             left_out["llama.cpp Q4_0"] = "not given"
-        found = compare(contestants, o.rounds, ("prefill", "decode", "prefill_cpu", "decode_cpu"), o.tokens)
-        for base in ("torch float32", "llama.cpp Q4_0"):
+        found = compare(contestants, ("prefill", "decode", "prefill_cpu", "decode_cpu"), o)
+        for base in ("torch float32", "torch bfloat16", "llama.cpp Q4_0"):
             for key in ("prefill", "decode", "decode_cpu"):
                 against(found, base, key)
         models["llama-1.1b"] = found
@@ -221,6 +255,9 @@ def main() -> None:
         ov = {"PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{o.openvino}"}
         contestants = [
             ("torch float32", ours, "bert-float32", places["float"], bound),
+            ("torch bfloat16", ours, "bert-bfloat16", places["float"], bound),
+            ("torch float32 compiled, frozen", ours, "bert-float32-compiled", places["float"], bound),
+            ("torch bfloat16 compiled, frozen", ours, "bert-bfloat16-compiled", places["float"], bound),
             ("quantailor w8a8", ours, "bert-ours", places["w8a8"], bound),
             ("quantailor w8a8-static", ours, "bert-ours", places["w8a8-static"], bound),
             ("quantailor w8a8 in ONNX Runtime", ours, "bert-onnxruntime", places["onnx"], env),
@@ -229,9 +266,11 @@ def main() -> None:
             contestants.append(("quantailor w8a8 in OpenVINO", ours, "bert-openvino", places["onnx"], env | ov))
         else:
             left_out["OpenVINO"] = "not given"
-        found = compare(contestants, o.rounds, BERT_KEYS, o.tokens)
-        for key in BERT_KEYS:
-            against(found, "torch float32", key)
+        keys = tuple(f"batch {size}{of}" for of in ("", "_cpu") for size in (1, o.batch))
+        found = compare(contestants, keys, o)
+        for base in ("torch float32", "torch bfloat16"):
+            for key in keys:
+                against(found, base, key)
         models["bert-base"] = found
     torch.set_num_threads(o.threads)
     gb_per_s = memory_gb_per_s()

@@ -71,13 +71,32 @@ def panel_linear(
     inverse = 1.0 if next_scale is None else float(next_scale.reciprocal())
     assert y.is_contiguous() and y.shape == (rows, outputs) and (y.dtype != torch.int8 or next_scale is not None)
     scales = [None if t is None else t.data_ptr() for t in (w_scale, shift, sums, x_scale)]
-    failed = _kernel()(
+    failed = _function("panels")(
         *(x_q.data_ptr(), x_q.stride(0), w_q.data_ptr(), w_q.stride(0), rows, length, outputs, size, *scales),
         *(x_scale.numel() == 1 and rows != 1, None if bias is None else bias.data_ptr()),
         *(ACTIVATIONS.index(activation), _KINDS[y.dtype], inverse, *limits, y.data_ptr()),
     )
     if failed:
         raise MemoryError(f"no memory for the rows of a product of {rows} x {length} by {outputs}")
+    return y
+
+
+def finish(
+    x: Tensor,
+    *,
+    activation: str | None = None,
+    out: Tensor | None = None,
+    next_scale: Tensor | None = None,
+    limits: tuple[int, int] = (-128, 127),
+) -> Tensor:
+    """What `panel_linear` does to its sums at last, in one pass over a product made elsewhere: x float32 [T, O]
+    contiguous -> `out`, as there; None and `x` itself change `x` in place."""
+    y = x if out is None else out
+    inverse = 1.0 if next_scale is None else float(next_scale.reciprocal())
+    assert x.dtype == torch.float32 and x.is_contiguous() and y.is_contiguous() and y.shape == x.shape
+    assert y.dtype != torch.int8 or next_scale is not None
+    kind = (ACTIVATIONS.index(activation), _KINDS[y.dtype])
+    _function("finish")(x.data_ptr(), x.numel(), *kind, inverse, *limits, y.data_ptr())
     return y
 
 
@@ -88,12 +107,16 @@ def panel_product(x_q: Tensor, w_q: Tensor) -> Tensor:
 
 
 @cache
-def _kernel() -> Any:
-    """The native function with its types told once (decode.py, `_kernel`)."""
+def _function(name: str) -> Any:
+    """A native function with its types told once (decode.py, `_kernel`)."""
     lib = native.library()
     assert lib is not None, native.why_not()
     number, small, real, place = c_int64, c_int32, c_float, c_void_p
-    function = lib.panels
-    function.argtypes = [place, number, place, number, number, number, number, number, place, place, place, place]
-    function.argtypes += [small, place, small, small, real, real, real, place]
+    ending = [small, small, real, real, real, place]
+    function = getattr(lib, name)
+    if name == "finish":
+        function.argtypes, function.restype = [place, number, *ending], None
+        return function
+    sides = [place, number, place, number, number, number, number, number, place, place, place, place]
+    function.argtypes = [*sides, small, place, *ending]
     return function

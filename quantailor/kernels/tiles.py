@@ -35,6 +35,13 @@ def pack_tiles(w_q: Tensor, depth: int) -> Tensor:
     return tiles
 
 
+def weight_tiles(w_q: Tensor, group_size: int | None) -> Tensor:
+    """`w_q` int8 [O, N] as `tile_linear` takes it again and again: one byte a weight. Its groups must fit tiles."""
+    depth = depth_of(group_size, w_q.shape[1])
+    assert depth is not None
+    return pack_tiles(w_q, depth)
+
+
 def by_group(
     x_q: Tensor, w_scale: Tensor, shift: Tensor | None, outputs: int, size: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -57,18 +64,22 @@ def tile_linear(
     group_size: int | None,
     bias: Tensor | None,
     in_bf16: bool,
+    tiles: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y [T, O] of x_q int8 [T, N], x_scale [T] or [1], w_q int8 [O, N], w_scale and shift [O, G], bias [O].
 
-    float32, or bfloat16 rounded from it once. Raises: MemoryError where a thread finds no room for its block.
+    float32, or bfloat16 rounded from it once, to `out` where it is given. `tiles`: `weight_tiles` of w_q; None packs it
+    for this call. Raises: MemoryError where a thread finds no room for its block.
     """
     rows, length = x_q.shape
     depth = depth_of(group_size, length)
     assert depth is not None
     size = length if group_size is None else min(group_size, length)
-    tiles = pack_tiles(w_q, depth)
+    tiles = weight_tiles(w_q, group_size) if tiles is None else tiles
     w_scale, shift, sums = by_group(x_q, w_scale, shift, w_q.shape[0], size)
-    y = torch.empty((rows, w_q.shape[0]), dtype=torch.bfloat16 if in_bf16 else torch.float32)
+    y = torch.empty((rows, w_q.shape[0]), dtype=torch.bfloat16 if in_bf16 else torch.float32) if out is None else out
+    assert y.shape == (rows, w_q.shape[0]) and y.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
     one = c_int32(x_scale.numel() == 1 and rows != 1)
     scales = (w_scale, shift, sums, x_scale.contiguous(), one, None if bias is None else bias.float().contiguous())
     sizes = (rows, length, w_q.shape[0], depth, size)

@@ -2,14 +2,16 @@
 
     q, k, v = products of the integers of h, made once       -> softmax attention in float
     h1      = LayerNorm(h + out(context)), and its integers   one pass
-    m       = integers of f(up(h1))                           in the product's epilogue, where the next scale is fixed
+    m       = integers of f(up(h1))                           behind the product, at once where the next scale is fixed
     h       = LayerNorm(h1 + down(m)), and its integers for the next block
 
 Same integers and the same order of operations as the block's own forward, but for the last bits of softmax, norm and
 activation function, which decide where a value lies between two integers. Whole rows are worked on some at a time, so
-that what lies between two products stays in the cache. A block is recognised by its parts and by its answer: each must
-give what its own forward gives on random rows, one of them padded, or it keeps that forward and the reason is told. A
-call with anything unusual (gradients, a cache, recorded attention) goes the block's own way as well.
+that what lies between two products stays in the cache. Products are those of kernels/panels.py, which apply f and the
+next grid to sums in the first cache; a processor with an int8 instruction takes its own (AMX tiles, torch's), and one
+pass over what they give. A block is recognised by its parts and by its answer: each must give what its own forward
+gives on random rows, one of them padded, or it keeps that forward and the reason is told. A call with anything unusual
+(gradients, a cache, recorded attention) goes the block's own way as well.
 Axes: B rows, T tokens, H features.
 """
 
@@ -19,15 +21,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantailor.kernels import panels, passes
+from quantailor.kernels import panels, passes, tiles
 from quantailor.kernels.operators import opaque
-from quantailor.kernels.ops import IntegerInput, multiplies_int8
+from quantailor.kernels.ops import IntegerInput, IntegerWeight, int_linear, multiplies_int8
 from quantailor.kernels.scratch import scratch
 from quantailor.models.structure import blocks, modules_of
 from quantailor.nn.packed import QuantLinear
@@ -98,7 +101,21 @@ class Product:
         last = {} if follower is None else {"next_scale": follower.input_scale, "limits": follower.limits}
         w_q, w_scale, size = packed.integers(), packed.scales(), packed.spec.group_size
         parts = (x.q, x.scale.reshape(-1), w_q, w_scale, packed.shift(), size, self.layer.bias)
-        return panels.panel_linear(*parts, activation=activation, out=y, **last)  # type: ignore[arg-type]
+        if not multiplies_int8():
+            return panels.panel_linear(*parts, activation=activation, out=y, **last)  # type: ignore[arg-type]
+        if tiles.fits(x.q, w_q, size):
+            floats = y if follower is None else scratch("encoder floats", y.shape, torch.float32, y.device)
+            tiles.tile_linear(*parts, in_bf16=False, tiles=self.held_tiles, out=floats)
+        else:
+            floats = int_linear(x, IntegerWeight(*parts[2:6]), self.layer.bias)
+        if activation is None and follower is None:
+            return floats
+        return panels.finish(floats, activation=activation, out=y, **last)  # type: ignore[arg-type]
+
+    @cached_property
+    def held_tiles(self) -> Tensor:
+        """The weight as AMX takes it, made at its first product and held as long as this: while the model serves."""
+        return tiles.weight_tiles(self.layer.packed.integers(), self.layer.packed.spec.group_size)
 
 
 class EncoderBlock:
@@ -242,10 +259,6 @@ def _candidates(model: nn.Module) -> list[tuple[nn.Module, EncoderBlock | str]]:
         try:
             if away := {t.device.type for t in (*block.parameters(), *block.buffers())} - {"cpu"}:
                 raise _Unfit(f"the kernel runs on a CPU, and the block is on {', '.join(sorted(away))}")
-            if multiplies_int8():
-                raise _Unfit(
-                    "this processor multiplies int8 by itself, and the kernel is written for those that do not"
-                )
             if reason := panels.why_not():
                 raise _Unfit(reason)
             kind = getattr(getattr(model, "config", None), "_attn_implementation", "eager")

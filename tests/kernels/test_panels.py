@@ -94,6 +94,56 @@ def test_activation_functions_and_the_next_layers_integers(name):
 
 
 @needs_panels
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("out", [1, 15, 16, 17, 31, 32, 33, 201])
+@pytest.mark.parametrize("name", [None, *FUNCTIONS])
+def test_finishing_a_product_made_elsewhere(name, out, rows):
+    """As torch does it to some units of the last place, and bit for bit as the epilogue of `panel_linear`."""
+    torch.manual_seed(0)
+    parts = (integers(rows, 64), torch.tensor([0.03]), integers(out, 64), torch.rand(out, 1) * 2e-3, None, None)
+    y = panels.panel_linear(*parts, 2 * torch.randn(out))
+    given, scale = y.clone(), torch.tensor([0.0137])
+    expected = y if name is None else FUNCTIONS[name](y)
+    found = panels.finish(y, activation=name, out=torch.empty_like(y))
+    assert (found - expected).abs().max() <= 1e-6 and torch.equal(y, given)
+    q = torch.empty(rows, out, dtype=torch.int8)
+    panels.finish(y, activation=name, out=q, next_scale=scale, limits=(-127, 127))
+    wanted = affine.quantize(expected, scale, 0, -127, 127)
+    differ = q != wanted
+    near = (expected / scale - (expected / scale).floor() - 0.5).abs()
+    assert (near[differ] < 1e-3).all() and (q.int() - wanted.int()).abs().max() <= 1
+    assert panels.finish(y, activation=name) is y and torch.equal(y, found)  # in place
+    bf16 = panels.finish(given, activation=name, out=torch.empty(rows, out, dtype=torch.bfloat16))
+    assert torch.equal(bf16, found.bfloat16())
+
+
+@needs_panels
+@pytest.mark.parametrize("name", [None, *FUNCTIONS])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_finishing_is_the_epilogue_of_the_panels(name, threads):
+    torch.manual_seed(0)
+    parts = (integers(70, 64), torch.rand(70), integers(77, 64), torch.rand(77, 1) * 2e-3, None, None, torch.randn(77))
+    last = {"activation": name, "next_scale": torch.tensor([0.0137]), "limits": (-127, 127)}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for kind in (torch.float32, torch.int8):
+            empty = torch.empty(70, 77, dtype=kind)
+            expected = panels.panel_linear(*parts, out=empty.clone(), **last)
+            assert torch.equal(panels.finish(panels.panel_linear(*parts), out=empty, **last), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_panels
+def test_a_product_that_is_not_finite_stays_so_when_finished():
+    y = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]])
+    torch.testing.assert_close(panels.finish(y.clone()), y, rtol=0, atol=0, equal_nan=True)
+    for name in FUNCTIONS:
+        assert panels.finish(y.clone(), activation=name)[0, 0].isnan()
+
+
+@needs_panels
 def test_without_a_function_int8_is_the_quantized_result():
     torch.manual_seed(0)
     parts = (integers(50, 90), torch.rand(50), integers(40, 90), torch.rand(40, 1) * 1e-2, None, None, torch.randn(40))

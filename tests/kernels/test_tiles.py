@@ -63,6 +63,18 @@ def test_the_largest_sums_do_not_overflow():
     assert torch.equal(int_linear(x, weight, None), torch.full((9, 3), 2.0**28))
 
 
+@needs_tiles
+@pytest.mark.parametrize("group_size", [None, 32, 64])
+def test_tiles_made_before_give_what_those_made_for_the_call_give(group_size):
+    for length, out in ((64, 16), (300, 33)):
+        x, weight, bias = draw(40, length, out, group_size)
+        parts = (x.q, x.scale.reshape(-1), weight.q, weight.scale, weight.shift, group_size, bias)
+        held, y = tiles.weight_tiles(weight.q, group_size), torch.empty(40, out)
+        for _ in range(2):
+            assert tiles.tile_linear(*parts, in_bf16=False, tiles=held, out=y) is y
+            assert torch.equal(y, tiles.tile_linear(*parts, in_bf16=False))
+
+
 def test_what_does_not_fit_tiles_goes_another_way():
     x, weight, _ = draw(40, 96, 16, 24)
     assert tiles.depth_of(24, 96) is None and not tiles.fits(x.q, weight.q, 24)

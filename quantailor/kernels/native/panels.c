@@ -210,7 +210,7 @@ static inline __attribute__((always_inline)) void activate(__m256 *v, int32_t ac
         exponential(f);
         EACH v[i] = _mm256_div_ps(v[i], _mm256_add_ps(ALL(1.0f), f[i]));
     } else if (activation == RELU) {
-        EACH v[i] = _mm256_max_ps(v[i], _mm256_setzero_ps());
+        EACH v[i] = _mm256_max_ps(_mm256_setzero_ps(), v[i]);  // in this order NaN stays NaN
     }
 }
 
@@ -363,6 +363,24 @@ int32_t panels(const int8_t *x, int64_t x_stride, const int8_t *w, int64_t w_str
         }
     }
     return failed;
+}
+
+// f of `count` floats, to y as its kind says; y may be x where it takes floats. For products that machines with an int8
+// instruction have of their own.
+void finish(const float *x, int64_t count, int32_t activation, int32_t kind, float inverse, float low, float high, void *y) {
+    const ending e = {.activation = activation, .kind = kind, .inverse = inverse, .low = low, .high = high, .y = y};
+#pragma omp parallel for schedule(static)
+    for (int64_t start = 0; start < count; start += V * 8) {
+        const int64_t here = least(V * 8, count - start);
+        float rest[V * 8] = {0};
+        const float *from = x + start;
+        if (here < V * 8) from = memcpy(rest, from, (size_t)(4 * here));
+        __m256 v[V];
+        EACH v[i] = _mm256_loadu_ps(from + i * 8);
+        activate(v, activation);
+        store(&e, v[0], v[1], start, least(here, COLUMNS));
+        if (here > COLUMNS) store(&e, v[2], v[3], start + COLUMNS, here - COLUMNS);
+    }
 }
 #else
 int32_t panels_ready(void) { return 0; }
