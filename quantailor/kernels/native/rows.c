@@ -341,16 +341,24 @@ static inline __attribute__((always_inline)) void some_rows(const weight *w, con
             }
         }
     }
-    if (s < f->whole) {
-        STEP(row + s * size, apart, 1);
-    } else {
-        uint8_t tails[ROWS * 32] = {0};
-        for (int r = 0; r < many; r++) memcpy(tails + r * 32, row + r * apart + s * size, (size_t)(apart - s * size));
-        STEP(tails, 32, 1);
+    uint8_t tails[ROWS * 32] = {0};
+    const uint8_t *rest = row + s * size;
+    int64_t rest_apart = apart;
+    if (s >= f->whole) {  // a step that the row holds in part
+        for (int r = 0; r < many; r++) memcpy(tails + r * 32, rest + r * apart, (size_t)(apart - s * size));
+        rest = tails, rest_apart = 32;
     }
+    STEP(rest, rest_apart, 1);
 #undef STEP
     const float unit = kind == NF4 ? 1.0f / NF4_LARGEST : 1.0f;
     for (int r = 0; r < many; r++) y[from + r] = total(sum[r]) * unit + (bias ? bias[from + r] : 0.0f);
+}
+
+// What four rows at a time leave over, any kind and layout: a function for all, since compilers take a second for each.
+static __attribute__((noinline)) void last_rows(const weight *w, const layout *f, const token *t, const float *bias,
+                                                int64_t o, int64_t to, float *y) {
+    const int parted = f->parts < 3 ? f->parts : 3;
+    for (; o < to; o++) some_rows(w, f, t, o, 1, (int)w->kind, parted, w->zeros != 0, (int)w->half, bias, y);
 }
 
 // A function for each kind and layout, so that each has the registers to itself.
@@ -358,7 +366,7 @@ static inline __attribute__((always_inline)) void some_rows(const weight *w, con
     static __attribute__((noinline)) void rows_##KIND##_##PARTED##_##ZEROS##_##HALF(                              \
         const weight *w, const layout *f, const token *t, const float *bias, int64_t o, int64_t to, float *y) {   \
         for (; o + ROWS <= to; o += ROWS) some_rows(w, f, t, o, ROWS, KIND, PARTED, ZEROS, HALF, bias, y);        \
-        for (; o < to; o++) some_rows(w, f, t, o, 1, KIND, PARTED, ZEROS, HALF, bias, y);                         \
+        last_rows(w, f, t, bias, o, to, y);                                                                       \
     }
 #define LAYOUTS(KIND, ZEROS, HALF) \
     VARIANT(KIND, 1, ZEROS, HALF) VARIANT(KIND, 2, ZEROS, HALF) VARIANT(KIND, 3, ZEROS, HALF)
@@ -366,14 +374,17 @@ static inline __attribute__((always_inline)) void some_rows(const weight *w, con
     (f.parts == 1   ? rows_##KIND##_1_##ZEROS##_##HALF                   \
      : f.parts == 2 ? rows_##KIND##_2_##ZEROS##_##HALF                   \
                     : rows_##KIND##_3_##ZEROS##_##HALF)(w, &f, t, bias, from, to, y)
-#define KINDS(KIND)                                                                                               \
-    LAYOUTS(KIND, 0, 0) LAYOUTS(KIND, 1, 0) LAYOUTS(KIND, 0, 1) LAYOUTS(KIND, 1, 1)                               \
+#define ROWS_OF(KIND, SAME)                                                                                       \
     static void rows_of_##KIND(const weight *w, const token *t, const float *bias, int64_t from, int64_t to, float *y) { \
         const layout f = layout_of(w, KIND);                                                                      \
-        if (w->half) w->zeros ? OF_LAYOUT(KIND, 1, 1) : OF_LAYOUT(KIND, 0, 1);                                    \
-        else w->zeros ? OF_LAYOUT(KIND, 1, 0) : OF_LAYOUT(KIND, 0, 0);                                            \
+        SAME                                                                                                      \
+        w->zeros ? OF_LAYOUT(KIND, 1, 0) : OF_LAYOUT(KIND, 0, 0);                                                 \
     }
-KINDS(1) KINDS(2) KINDS(3) KINDS(4) KINDS(8) KINDS(UNSIGNED8) KINDS(NF4)
+#define KINDS(KIND) LAYOUTS(KIND, 0, 0) LAYOUTS(KIND, 1, 0) ROWS_OF(KIND, )
+#define KINDS_WITH_HALF(KIND)                                                                                     \
+    LAYOUTS(KIND, 0, 0) LAYOUTS(KIND, 1, 0) LAYOUTS(KIND, 0, 1) LAYOUTS(KIND, 1, 1)                               \
+    ROWS_OF(KIND, if (w->half) { w->zeros ? OF_LAYOUT(KIND, 1, 1) : OF_LAYOUT(KIND, 0, 1); return; })
+KINDS(1) KINDS_WITH_HALF(2) KINDS_WITH_HALF(3) KINDS_WITH_HALF(4) KINDS(8) KINDS(UNSIGNED8) KINDS(NF4)
 
 static void float_rows(const weight *w, const float *x, const float *bias, int64_t from, int64_t to, float *y) {
     for (int64_t o = from; o < to; o++) {

@@ -17,7 +17,7 @@ enum { NF4 = 40, UNSIGNED8 = 80, FLOAT32 = 320 };  // beside 1, 2, 3, 4 and 8 (s
 // A weight [O, N] as it is stored, and what moves it onto its grid.
 typedef struct {
     const void *w;        // rows of `row_bytes` bytes
-    const void *scale;    // float32 [O, G]; or one for all with `scale_stride` 0; float16 [O, G] where `half`
+    const void *scale;    // float32 [O, G]; or one for all with `scale_stride` 0; float16 [O, G] where `half` (2 to 4 bits)
     const uint8_t *zeros; // [O, G] or NULL: c is then the same everywhere
     const float *levels;  // NF4: [16]
     int64_t kind, out, n, row_bytes, scale_stride, groups, group, half;
