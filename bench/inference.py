@@ -19,6 +19,7 @@ reason. A table, then one JSON line.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -42,6 +43,7 @@ from quantailor.verbs.quantizing import recipe_for
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 LM_SCHEMES = ("w4a16-g32", "w8a16")
+HALF = "w4a16-g32, half scales"  # the numbers that the GGUF holds
 NOT_HERE = {"GPU": "there is none here", "bitsandbytes": "not run"}
 if not multiplies_int8():
     NOT_HERE = {"AMX and AVX-512 kernels": "this machine has AVX2 alone"} | NOT_HERE
@@ -53,6 +55,12 @@ def packed_lm(folder: Path, scheme: str, out: Path) -> None:
     prepare(model, recipe_for(scheme, [api.Rule(api.Scheme.parse(scheme), "lm_head")], method="rtn"))
     pack_model(model)
     api.save(api.Model(model, AutoTokenizer.from_pretrained(folder), "lm"), out)
+
+
+def with_scales_halved(folder: Path, out: Path) -> None:
+    """As `quantailor convert --half-scales` does."""
+    ready = api.load(folder)
+    api.save(dataclasses.replace(ready, model=with_half_scales(ready.model)[0]), out)
 
 
 def write_gguf(folder: Path, file: Path) -> None:
@@ -233,6 +241,9 @@ def main() -> None:
             if not (work / scheme).exists():
                 packed_lm(folder, scheme, work / scheme)
             contestants.append((f"quantailor {scheme}", ours, "ours", work / scheme, bound))
+        if not (half := work / "w4a16-g32-half").exists():
+            with_scales_halved(work / LM_SCHEMES[0], half)
+        contestants.append((f"quantailor {HALF}", ours, "ours", half, bound))
         contestants += [(f"torch {kind}", ours, kind, folder, bound) for kind in ("float32", "bfloat16")]
         if o.torchao:
             way = bound | {"TORCHAO": o.torchao}

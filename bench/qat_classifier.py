@@ -136,7 +136,7 @@ def summary(values: list[float]) -> Result:
     return {"mean": statistics.mean(values), "interval": interval(values), "seeds": values}
 
 
-def case(runs: list[Result], floats: list[Result], controls: list[Result]) -> Result:
+def case(allowed: float, runs: list[Result], floats: list[Result], controls: list[Result]) -> Result:
     """Points of accuracy that a scheme loses, paired by seed: PTQ's and QAT's, beside float and beside the control."""
 
     def lost(before: list[Result], key: str) -> Result:
@@ -151,6 +151,7 @@ def case(runs: list[Result], floats: list[Result], controls: list[Result]) -> Re
         "agreement": statistics.mean(run["judged"]["agreement"] for run in runs),
         "best_steps": [run["training"]["best_step"] for run in runs],
         "cpu_seconds": statistics.median(run["cpu_seconds"] for run in runs),
+        "allowed": allowed,
     }
 
 
@@ -181,7 +182,7 @@ def main() -> None:
         for way in ways:
             found[way].append(bench.measure(seed, way))
     accuracies = {way: summary([r["judged"]["accuracy"] for r in found[way]]) for way in ("float", "control")}
-    cases = {scheme: case(found[scheme], found["float"], found["control"]) for scheme in options.schemes}
+    cases = {s: case(ALLOWED[s], found[s], found["float"], found["control"]) for s in options.schemes}
     print(f"accuracy in float {accuracies['float']['mean']:.4f}, trained on {accuracies['control']['mean']:.4f}")
     print(f"{'points lost':18} {'PTQ':26}  {'QAT':26}  {'beside the control':26} same class")
     for scheme, row in cases.items():

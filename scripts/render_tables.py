@@ -93,6 +93,24 @@ def sst2_line() -> str:
     )
 
 
+def classifier_table() -> str:
+    """Points of accuracy that each scheme loses, by PTQ and by QAT, beside float and beside float trained as long."""
+    data = read("qat_classifier")
+    lines = ["| scheme | PTQ loses, points | after QAT | beside float trained as long | same class as float | asked |"]
+    lines.append("|---|---|---|---|---:|---:|")
+
+    def text(value: dict) -> str:
+        span = value["interval"]
+        return f"{value['mean']:+.2f}" + (f" ({span[0]:+.2f} to {span[1]:+.2f})" if span else "")
+
+    for scheme, row in data["cases"].items():
+        spans = " | ".join(text(row[key]) for key in ("lost_by_ptq", "lost", "lost_beside_control"))
+        lines.append(f"| {scheme} | {spans} | {row['agreement']:.2%} | {row['allowed']} |")
+    before, after = (data["accuracy"][way]["mean"] for way in ("float", "control"))
+    told = f"Accuracy in float {before:.4f}, trained on for as long {after:.4f}; {len(data['seeds'])} seeds, "
+    return "\n".join([*lines, "", told + f"{data['steps']} steps of {data['batch_size']} rows, 872 dev rows."])
+
+
 def ptq_table() -> str:
     """Ours and the rivals on every layer of the blocks: perplexity over float, KL, seconds."""
     head = "| model | bits | tool | perplexity / float | KL | seconds | draws |"
@@ -290,6 +308,7 @@ def main() -> None:
         "guard": guard_table,
         "control": control_table,
         "sst2": sst2_line,
+        "classifier": classifier_table,
         "best": best_table,
         "ptq": ptq_table,
         "step": step_table,
