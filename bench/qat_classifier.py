@@ -37,7 +37,6 @@ FLOAT_STEPS, FLOAT_RATE, BATCH = 216, 1e-4, 32
 CHOOSING = 300
 OWN_LOSS = {"kl_weight": 0.0, "task_weight": 1.0}
 # By scheme, chosen on rows held out of the training data with a seed that counts nowhere (docs/LOG.md).
-# No start is smoothed: QAT from SmoothQuant's folded norms collapses at these rates.
 RECIPES: dict[str, dict[str, Any]] = {
     "w8a8": {"method": "gptq", "learning_rate": 2e-5},
     "w4a8-g32": {"method": "qronos", "learning_rate": 1e-4, "hidden_weight": 1.0},
