@@ -95,6 +95,12 @@ def train(
     group_by_length: Annotated[
         bool, typer.Option("--group-by-length", help="rows of about one length share a batch, so little is padded")
     ] = False,
+    dropout: Annotated[
+        bool | None,
+        typer.Option(
+            "--dropout/--no-dropout", help="drop units as the model does; by default where no teacher is asked"
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16 (mixed)")] = "float32",
     backward: Annotated[
         str, typer.Option(help="what integer layers multiply gradients in: auto, bfloat16 or float32")
@@ -210,6 +216,7 @@ def train(
         freeze_lower=freeze_lower,
         freeze_ranges=freeze_ranges,
         group_by_length=group_by_length,
+        dropout=dropout,
         precision=precision,
         backward=backward,
         gradient_checkpointing=gradient_checkpointing,

@@ -74,6 +74,7 @@ class Settings:
     batch_size: int = 8  # rows a forward pass, of all processes together
     accumulate: int = 1
     group_by_length: bool = False  # rows of about one length share a batch: little is padded
+    dropout: bool | None = None  # the model's own; None: where no teacher is asked
     warmup: float | None = None  # share of the steps
     final_rate: float = 0.05  # what the cosine ends at, as a share of the highest rate
     max_grad_norm: float = 1.0

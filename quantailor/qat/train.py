@@ -117,6 +117,8 @@ def train(
         stack.enter_context(repeatable(settings))
         standing = stack.enter_context(stand_ins(model, settings))
         stack.enter_context(frozen(model, settings))
+        if not (settings.dropout if settings.dropout is not None else distiller is None):
+            stack.enter_context(without_dropout(model))
         _check_has_effect(model, settings)
         trained = model
         if settings.parallel == "fsdp2":
@@ -296,6 +298,27 @@ def _check_has_effect(model: nn.Module, settings: Settings) -> None:
 def _settle(standing: StandIns, best: Best) -> None:
     if best.step > 0:
         standing.settle()
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """No unit is dropped while it lasts. A teacher answers with all of its units: a student that drops some is taught to
+    make up for chance, which is most of the loss where hidden states are compared (docs/LOG.md)."""
+    dropping = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    before = [m.p for m in dropping]
+    inside = [m for m in model.modules() if isinstance(getattr(m, "attention_dropout", None), float)]
+    before_inside = [m.attention_dropout for m in inside]
+    for module in dropping:
+        module.p = 0.0
+    for module in inside:
+        module.attention_dropout = 0.0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, p in zip(dropping, before):
+            module.p = p
+        for module, p in zip(inside, before_inside):
+            module.attention_dropout = p
 
 
 @contextmanager
