@@ -60,8 +60,8 @@ class StoredWeight:
     half_scale: Tensor | None = None
 
     def with_half_scale(self) -> StoredWeight:
-        """The same, with `half_scale` where it holds the same numbers and the kernel takes them, at 2 to 4 bits: what it
-        reads of four bits in groups of 32 is a tenth less."""
+        """The same, with `half_scale` where it holds the same numbers and the kernel takes them, at 2 to 4 bits: what
+        it reads of four bits in groups of 32 is a tenth less."""
         grouped = self.scale.shape[0] > 1 and self.groups > 1 and self.bits in (2, 3, 4) and self.levels is None
         if not grouped or self.scale.device.type != "cpu" or not has_kernel():
             return self

@@ -117,7 +117,8 @@ def train(
         stack.enter_context(repeatable(settings))
         standing = stack.enter_context(stand_ins(model, settings))
         stack.enter_context(frozen(model, settings))
-        if not (settings.dropout if settings.dropout is not None else distiller is None):
+        taught = teacher is not None and settings.distills
+        if not (settings.dropout if settings.dropout is not None else not taught):
             stack.enter_context(without_dropout(model))
         _check_has_effect(model, settings)
         trained = model
@@ -302,23 +303,19 @@ def _settle(standing: StandIns, best: Best) -> None:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """No unit is dropped while it lasts. A teacher answers with all of its units: a student that drops some is taught to
-    make up for chance, which is most of the loss where hidden states are compared (docs/LOG.md)."""
-    dropping = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-    before = [m.p for m in dropping]
-    inside = [m for m in model.modules() if isinstance(getattr(m, "attention_dropout", None), float)]
-    before_inside = [m.attention_dropout for m in inside]
-    for module in dropping:
-        module.p = 0.0
-    for module in inside:
-        module.attention_dropout = 0.0  # type: ignore[assignment]
+    """No unit is dropped while it lasts. A teacher answers with all of its units: a student that drops some is taught
+    to make up for chance, which is most of the loss where hidden states are compared (docs/LOG.md)."""
+    modules: list[Any] = list(model.modules())
+    shares = [(m, "p") for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
+    shares += [(m, "attention_dropout") for m in modules if isinstance(getattr(m, "attention_dropout", None), float)]
+    before = [getattr(module, name) for module, name in shares]
+    for module, name in shares:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
-        for module, p in zip(dropping, before):
-            module.p = p
-        for module, p in zip(inside, before_inside):
-            module.attention_dropout = p
+        for (module, name), share in zip(shares, before):
+            setattr(module, name, share)
 
 
 @contextmanager

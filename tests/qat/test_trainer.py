@@ -117,3 +117,32 @@ def test_eight_bit_states_say_what_to_install(run, monkeypatch):
 def test_rows_of_one_length_are_not_grouped_by_it(run):
     with pytest.raises(UsageError, match="group_by_length has no effect where all rows are of one length"):
         run(group_by_length=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dropped"),
+    [
+        ({}, 0.0),
+        ({"task_weight": 1.0}, 0.0),
+        ({"dropout": True}, 0.3),
+        ({"kl_weight": 0.0, "task_weight": 1.0}, 0.3),
+        ({"kl_weight": 0.0, "task_weight": 1.0, "dropout": False}, 0.0),
+    ],
+)
+def test_a_taught_student_drops_no_units(classifier, rows, simulated_at, monkeypatch, settings, dropped):
+    """Unless it is asked to; without a teacher the model's own dropout stays, and it is as it was afterwards."""
+    model, seen = copy.deepcopy(simulated_at("w8a8", "classification").model), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    real = QATTrainer.training_step
+
+    def watched(self, trained, *more, **others):
+        seen.append({m.p for m in trained.modules() if isinstance(m, torch.nn.Dropout)})
+        return real(self, trained, *more, **others)
+
+    monkeypatch.setattr(QATTrainer, "training_step", watched)
+    options = Settings(steps=2, batch_size=4, evaluations=1, **settings)
+    train(model, rows, lambda m: (1.0,), options, teacher=classifier.model)
+    assert seen == [{dropped}] * 2
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
