@@ -162,8 +162,8 @@ class WeightQuantizer(nn.Module):
         return scale_OG1[:, index], zero_point_OG1[:, index]
 
     @torch.no_grad()
-    def shadow(self, weight_ON: Tensor, q_ON: Tensor) -> Tensor:
-        """The float weight nearest to `weight_ON` whose integers are `q_ON`: where QAT starts after a PTQ solver.
+    def shadow(self, weight_ON: Tensor, q_ON: Tensor, reach: float = 0.48) -> Tensor:
+        """The float weight nearest to `weight_ON` whose integers are `q_ON`, at most `reach` of a step off their points.
 
         Keeping the original value inside the solver's cell keeps what rounding threw away; a weight set onto its grid
         point would start every element at the same distance from both neighbours, and the outer ones on the clip edge,
@@ -176,8 +176,8 @@ class WeightQuantizer(nn.Module):
         scale, zero_point = self.grid_of_groups(self.scale, self.zero_point)
         shift = zero_point - offset
         v = self.groups(weight_ON.float()) / scale + shift
-        low = torch.where(q == qmin, q + 0.02, q - 0.48)
-        high = torch.where(q == qmax, q - 0.02, q + 0.48)
+        low = torch.where(q == qmin, q + 0.02, q - reach)
+        high = torch.where(q == qmax, q - 0.02, q + reach)
         v = torch.minimum(torch.maximum(v, low), high)
         return from_groups((v - shift) * scale, self.in_features)
 

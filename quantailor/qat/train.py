@@ -24,6 +24,7 @@ from quantailor.kernels.triton import library as gpu
 from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
+from quantailor.nn.fake_quant import off_the_edges
 from quantailor.nn.int_forward import set_backward
 from quantailor.nn.packed import PackedWeight
 from quantailor.nn.weight_quantizer import WeightQuantizer
@@ -43,6 +44,7 @@ from quantailor.qat.sharding import scored_sharded, sharded
 from quantailor.qat.stabilizer import Stabilizer
 from quantailor.qat.trainer import QATTrainer, adamw
 from quantailor.qat.watch import Watch
+from quantailor.spec import Balanced, Int
 from quantailor.store.work import Work
 
 Validate = Callable[[nn.Module], Score]
@@ -121,6 +123,8 @@ def train(
         if not (settings.dropout if settings.dropout is not None else not taught):
             stack.enter_context(without_dropout(model))
         _check_has_effect(model, settings)
+        if settings.trains == "all" and settings.gradient in ("lsq", "lsq+", "ste", "pact") and not settings.blend:
+            _off_the_edges(model)
         trained = model
         if settings.parallel == "fsdp2":
             trained, validate = sharded(model, _device()), scored_sharded(validate)
@@ -294,6 +298,14 @@ def _check_has_effect(model: nn.Module, settings: Settings) -> None:
     pulled = any(m.weight.requires_grad and m.weight_quantizer is not None for _, m in modules_of(model, FAKE_QUANT))
     if (settings.cage or settings.freeze_oscillating is not None) and not pulled:
         raise UsageError("cage and freeze_oscillating act on weights with a grid, and none is trained; leave them out")
+
+
+def _off_the_edges(model: nn.Module) -> None:
+    """Of the weights that train on an even grid (nn/fake_quant.py)."""
+    for _, module in modules_of(model, FAKE_QUANT):
+        quantizer = module.weight_quantizer
+        if quantizer is not None and module.weight.requires_grad and isinstance(quantizer.spec.grid, Int | Balanced):
+            off_the_edges(module)
 
 
 def _settle(standing: StandIns, best: Best) -> None:
