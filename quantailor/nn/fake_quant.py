@@ -188,18 +188,3 @@ def set_rounded(module: FakeQuant, q_ON: Tensor) -> None:
     if not torch.equal(module.weight_quantizer.integers(module.weight_ON), q_ON):
         # A half-precision weight cannot express every point of a cell: its centre it can.
         module.weight.copy_(module.weight_quantizer.dequantize(q_ON).view_as(module.weight))
-
-
-@torch.no_grad()
-def off_the_edges(module: FakeQuant, reach: float = 0.25) -> None:
-    """Move each weight to within `reach` of a step of its grid point, where QAT starts; integers stay.
-
-    A solver puts weights into other cells than the nearest, which leaves them on those cells' edges: the first steps of
-    an optimizer, as large for all weights, would throw half of them back, and with them what the solver had found.
-    """
-    quantizer = module.weight_quantizer
-    assert quantizer is not None
-    q_ON = quantizer.integers(module.weight_ON)
-    moved = quantizer.shadow(module.weight_ON, q_ON, reach).view_as(module.weight).to(module.weight.dtype)
-    if torch.equal(quantizer.integers(moved.view_as(module.weight_ON)), q_ON):  # half precision may not have the place
-        module.weight.copy_(moved)

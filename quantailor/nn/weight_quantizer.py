@@ -16,7 +16,7 @@ from quantailor.numerics import grids, nf4
 from quantailor.numerics.affine import checked_scale
 from quantailor.numerics.grouping import from_groups, num_groups, to_groups
 from quantailor.numerics.lsq import gradient_scale
-from quantailor.spec import NF4, Int, PerTensor, QuantSpec
+from quantailor.spec import NF4, Balanced, Int, PerTensor, QuantSpec
 
 
 class WeightQuantizer(nn.Module):
@@ -162,8 +162,8 @@ class WeightQuantizer(nn.Module):
         return scale_OG1[:, index], zero_point_OG1[:, index]
 
     @torch.no_grad()
-    def shadow(self, weight_ON: Tensor, q_ON: Tensor, reach: float = 0.48) -> Tensor:
-        """The float weight nearest to `weight_ON` whose integers are `q_ON`, at most `reach` of a step off their points.
+    def shadow(self, weight_ON: Tensor, q_ON: Tensor) -> Tensor:
+        """The float weight nearest to `weight_ON` whose integers are `q_ON`: where QAT starts after a PTQ solver.
 
         Keeping the original value inside the solver's cell keeps what rounding threw away; a weight set onto its grid
         point would start every element at the same distance from both neighbours, and the outer ones on the clip edge,
@@ -176,10 +176,31 @@ class WeightQuantizer(nn.Module):
         scale, zero_point = self.grid_of_groups(self.scale, self.zero_point)
         shift = zero_point - offset
         v = self.groups(weight_ON.float()) / scale + shift
-        low = torch.where(q == qmin, q + 0.02, q - reach)
-        high = torch.where(q == qmax, q - 0.02, q + reach)
+        low = torch.where(q == qmin, q + 0.02, q - 0.48)
+        high = torch.where(q == qmax, q - 0.02, q + 0.48)
         v = torch.minimum(torch.maximum(v, low), high)
         return from_groups((v - shift) * scale, self.in_features)
+
+    @torch.no_grad()
+    def off_the_edges(self, weight_ON: Tensor) -> Tensor:
+        """The weight with what lies on an edge between two cells 0.15 of a step inside its own; integers stay.
+
+        `shadow` leaves those weights on edges that a solver put into another cell than the nearest. The first steps of
+        an optimizer are as large for all weights, and would throw half of them back at once. Much further inside, the
+        error that is watched would start below what it is among weights anywhere in their cells. For even grids of two
+        bits and more; what is clipped stays where it is.
+        """
+        if not isinstance(self.spec.grid, Int | Balanced):
+            return weight_ON
+        offset = grids.limits(self.spec.grid)[2]
+        q = self.groups(self.integers(weight_ON)).float()
+        scale, zero_point = self.grid_of_groups(self.scale, self.zero_point)
+        shift = zero_point - offset
+        v = self.groups(weight_ON.float()) / scale + shift
+        edge = ((v - q).abs() > 0.47) & ((v - q).abs() < 0.51)
+        inside = (q + 0.35 * (v - q).sign() - shift) * scale
+        moved = torch.where(edge, inside, self.groups(weight_ON.float()))
+        return from_groups(moved, self.in_features).to(weight_ON.dtype)
 
     @torch.no_grad()
     def integer_weight(self, weight_ON: Tensor) -> IntegerWeight:

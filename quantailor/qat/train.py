@@ -24,7 +24,6 @@ from quantailor.kernels.triton import library as gpu
 from quantailor.models.prepare import FAKE_QUANT
 from quantailor.models.structure import modules_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
-from quantailor.nn.fake_quant import off_the_edges
 from quantailor.nn.int_forward import set_backward
 from quantailor.nn.packed import PackedWeight
 from quantailor.nn.weight_quantizer import WeightQuantizer
@@ -42,9 +41,9 @@ from quantailor.qat.recording import Listener, Recording
 from quantailor.qat.settings import Settings, learning_rates, resolved
 from quantailor.qat.sharding import scored_sharded, sharded
 from quantailor.qat.stabilizer import Stabilizer
+from quantailor.qat.starting import off_the_edges
 from quantailor.qat.trainer import QATTrainer, adamw
 from quantailor.qat.watch import Watch
-from quantailor.spec import Balanced, Int
 from quantailor.store.work import Work
 
 Validate = Callable[[nn.Module], Score]
@@ -123,10 +122,9 @@ def train(
         if not (settings.dropout if settings.dropout is not None else not taught):
             stack.enter_context(without_dropout(model))
         _check_has_effect(model, settings)
-        if settings.trains == "all" and settings.gradient in ("lsq", "lsq+", "ste", "pact") and not settings.blend:
-            _off_the_edges(model)
         trained = model
         if settings.parallel == "fsdp2":
+            off_the_edges(model, settings)  # sharded weights are not whole: the start that may come back has them moved
             trained, validate = sharded(model, _device()), scored_sharded(validate)
         best = Best(trained)
         restored = checkpoint.newest(work) if saves else None
@@ -134,6 +132,8 @@ def train(
             best.offer(0, validate(trained))
         else:
             restored.put_best(best)
+        if settings.parallel != "fsdp2":
+            off_the_edges(model, settings)
         watch, trainer = _run(
             trained,
             examples,
@@ -298,14 +298,6 @@ def _check_has_effect(model: nn.Module, settings: Settings) -> None:
     pulled = any(m.weight.requires_grad and m.weight_quantizer is not None for _, m in modules_of(model, FAKE_QUANT))
     if (settings.cage or settings.freeze_oscillating is not None) and not pulled:
         raise UsageError("cage and freeze_oscillating act on weights with a grid, and none is trained; leave them out")
-
-
-def _off_the_edges(model: nn.Module) -> None:
-    """Of the weights that train on an even grid (nn/fake_quant.py)."""
-    for _, module in modules_of(model, FAKE_QUANT):
-        quantizer = module.weight_quantizer
-        if quantizer is not None and module.weight.requires_grad and isinstance(quantizer.spec.grid, Int | Balanced):
-            off_the_edges(module)
 
 
 def _settle(standing: StandIns, best: Best) -> None:

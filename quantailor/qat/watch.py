@@ -20,6 +20,7 @@ from quantailor.qat.flight import Flight
 from quantailor.qat.recording import Alarm
 from quantailor.qat.settings import Settings
 from quantailor.qat.stabilizer import Stabilizer
+from quantailor.qat.starting import off_the_edges
 from quantailor.store.work import Work
 
 _STRIKES = 3  # steps in a row without a finite gradient before training goes back to its best iterate
@@ -192,6 +193,8 @@ class Watch(TrainerCallback):
     def go_back(self, model: nn.Module) -> None:
         """To the best iterate."""
         self.best.restore()
+        if self.best.step == 0 and self.settings.parallel != "fsdp2":
+            off_the_edges(self.best.model, self.settings)
         self.average = {n: p.detach().clone() for n, p in model.named_parameters() if n in self.average}
 
     def finish_look(self, model: nn.Module, step: int, *, saves: bool) -> None:

@@ -5,7 +5,7 @@ from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics import grids
 from quantailor.numerics.lsq import gradient_scale
 from quantailor.observers.weights import weight_scale
-from quantailor.spec import NF4, Binary, Int, PerChannel, PerGroup, PerTensor, QuantSpec, Scheme
+from quantailor.spec import NF4, Balanced, Binary, Int, PerChannel, PerGroup, PerTensor, QuantSpec, Scheme
 from tests.nn.layers import SCHEMES
 
 SPECS = {name: Scheme.parse(name).weight for name in SCHEMES}
@@ -157,3 +157,27 @@ def test_scales_that_cannot_be_are_refused():
         broken[2] = bad
         with pytest.raises(ValueError, match=r"scale must be finite and (positive|not 0)"):
             quantizer.set_scale(broken, torch.zeros_like(broken))
+
+
+@pytest.mark.parametrize("name", [n for n in SPECS if "nf4" not in n])
+def test_weights_leave_the_edges_of_their_cells_and_keep_their_integers(name):
+    """Moved 0.15 of a step inside where a solver left them on an edge; all others stay bit for bit."""
+    quantizer, weight = made(SPECS[name])
+    spec = quantizer.spec
+    qmin, qmax, offset = grids.limits(spec.grid)
+    q = torch.randint(qmin, qmax + 1, weight.shape).to(quantizer.integers(weight).dtype)
+    shadow = quantizer.shadow(weight, q)
+    moved = quantizer.off_the_edges(shadow)
+    assert torch.equal(quantizer.integers(moved), q)
+    groups, size = -(-100 // (spec.group_size or 100)), spec.group_size or 100
+    scale, zero_point = (
+        t.detach().float().expand(11, groups, 1).repeat_interleave(size, 2).flatten(1)[:, :100]
+        for t in (quantizer.scale, quantizer.zero_point)
+    )
+    before, after = (w / scale + zero_point - offset - q for w in (shadow, moved))
+    edge = (before.abs() > 0.475) & (before.abs() < 0.5)
+    if not isinstance(spec.grid, Int | Balanced):
+        assert moved is shadow
+        return
+    assert edge.any() and ((after[edge] - 0.35 * before[edge].sign()).abs() < 1e-3).all()
+    assert torch.equal(moved[before.abs() < 0.465], shadow[before.abs() < 0.465])
