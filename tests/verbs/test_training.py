@@ -181,6 +181,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, model, corpus, nu
     while not list(out.parent.glob(".out.work/state-*")):
         assert time.monotonic() < end, process.err
         time.sleep(0.02)
+    time.sleep(0.3)  # the first state is there a moment before signals wait for the end of a step
     process.stop(number)
     ran = process.ended()
     assert ran.status == status and "Traceback" not in ran.err, ran.err
