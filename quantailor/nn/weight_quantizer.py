@@ -183,7 +183,7 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def off_the_edges(self, weight_ON: Tensor) -> Tensor:
-        """The weight with what lies on an edge between two cells 0.15 of a step inside its own; integers stay.
+        """`weight_ON` with what lies on an edge between two cells 0.15 of a step inside its own: [O, N]; integers stay.
 
         `shadow` leaves those weights on edges that a solver put into another cell than the nearest. The first steps of
         an optimizer are as large for all weights, and would throw half of them back at once. Much further inside, the
