@@ -36,8 +36,8 @@ ALLOWED = {"w8a8": 0.1, "w4a8-g32": 0.3, "w4a4-g32-ag32": 1.0, "w2a8-g32-balance
 FLOAT_STEPS, FLOAT_RATE, BATCH = 216, 1e-4, 32
 CHOOSING = 300
 OWN_LOSS = {"kl_weight": 0.0, "task_weight": 1.0}
-# By scheme. The one of 2 bits was tried with a seed that counts nowhere, on held-out rows (docs/LOG.md); the others fall
-# with the step of their grid and were not searched for.
+# By scheme. The one of 2 bits was tried with a seed that counts nowhere, on held-out rows (docs/LOG.md); the others
+# fall with the step of their grid and were not searched for.
 RECIPES: dict[str, dict[str, Any]] = {
     "w8a8": {"learning_rate": 2e-5},
     "w4a8-g32": {"learning_rate": 5e-5},
