@@ -8,9 +8,9 @@ logits) and the manifest.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from quantailor.errors import QuantailorError, UntrustedInput, UsageError
 from quantailor.evaluate.parity import Digests, digests
 from quantailor.formats import layout, plugin
+from quantailor.formats.stored_grids import check_grids
 from quantailor.models.loading import (
     CLASSES,
     CONFIG_ERRORS,
@@ -40,16 +41,14 @@ from quantailor.models.structure import logits_of
 from quantailor.nn.activation_quantizer import ActivationQuantizer
 from quantailor.nn.packed import PackedWeight
 from quantailor.nn.points import PointQuantizer
-from quantailor.numerics.grids import can_be_negative
 from quantailor.points import PointEntry
 from quantailor.recipe import Entry, Inventory
 from quantailor.spec import Scheme, from_json, to_json
-from quantailor.store.header import read_header
 from quantailor.store.jsonio import read_json, write_json
-from quantailor.store.manifest import verify, write_manifest
+from quantailor.store.manifest import write_manifest
 from quantailor.store.publish import recover
-from quantailor.store.tensors import read_tensor
-from quantailor.store.untrusted import ModelFiles, check_finite, scan_model_folder
+from quantailor.store.reading import Reading, reading
+from quantailor.store.untrusted import check_finite
 
 RECEIPT = "quantailor.json"
 PARITY = "parity.safetensors"
@@ -284,8 +283,14 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     folder = Path(folder)
     if not folder.exists():
         recover(folder)
-    manifest, files, stored = _read_verified(folder, verify_hashes)
-    check_finite(files, stored)
+    with reading(folder, verify_hashes=verify_hashes) as stored:
+        found = _read(folder, stored)
+    return replace(found, manifest=stored.manifest)
+
+
+def _read(folder: Path, arriving: Reading) -> Folder:
+    """The folder while its weights are on their way, all but the manifest."""
+    files = arriving.files
     receipt = _read_receipt(folder)
     state = _state(receipt, folder)
     own = files.config.get("model_type") == "quantailor"
@@ -295,15 +300,39 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
     task = task_of(inner)
     if task is None:
         raise UntrustedInput(f"{folder}: config.json names no architecture for language modelling or classification")
-    try:
-        quantization, state_dict = _own_names(files.config, state, stored, own)
+    reader = load_reader(folder, task)
+    check_finite(files, arriving)
+    turned: list[Tensor] = []
+    with _damage_told(folder):
+        quantization, tensors = _own_names(files.config, state, dict(arriving), own, turned)
         _check_agreement(files.config, quantization, state, own)
-        check_grids(quantization, state_dict)
+        check_grids(quantization, tensors)
+    model = _assembled(folder, inner, task, quantization, tensors)
+    arriving.wait_for_digests()
+    for values in turned:
+        layout.turn_highest_bits(values)
+    model.quantailor_state = state  # type: ignore[assignment]
+    return Folder(model, reader, task, state, "quantailor" if own else "compressed-tensors", receipt, {})
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except UntrustedInput as error:
         raise UntrustedInput(f"{folder}: {error}") from error
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         what = error.args[0] if error.args else type(error).__name__
         raise UntrustedInput(f"{folder} does not hold what its config says: {what}; use a sound copy") from error
+
+
+def _assembled(
+    folder: Path,
+    inner: dict[str, Any],
+    task: Task,
+    quantization: plugin.QuantailorConfig,
+    tensors: dict[str, Tensor],
+) -> PreTrainedModel:
     plugin.register()
     try:
         config = CONFIG_MAPPING[inner["model_type"]].from_dict(
@@ -313,40 +342,13 @@ def read_folder(folder: Path, *, verify_hashes: bool = True) -> Folder:
         architecture: Any = CLASSES[task]._model_mapping[type(config)]
         with torch.device("meta"):
             plugin.install_packed(skeleton := architecture(config), quantization)
-        check_shapes(folder, skeleton, {name: tensor.shape for name, tensor in state_dict.items()})
-        model = plugin.assembled(architecture, config, state_dict, folder)
+        check_shapes(folder, skeleton, {name: tensor.shape for name, tensor in tensors.items()})
+        return plugin.assembled(architecture, config, tensors, folder)
     except UntrustedInput as error:
         raise error if str(folder) in str(error) else UntrustedInput(f"{folder}: {error}") from error
     except CONFIG_ERRORS as error:
         first = " ".join(str(error).split())[:200] or type(error).__name__
         raise UntrustedInput(f"{folder} does not load: {first}") from error
-    model.quantailor_state = state
-    return Folder(
-        model,
-        load_reader(folder, task),
-        task,
-        state,
-        "quantailor" if own else "compressed-tensors",
-        receipt,
-        manifest,
-    )
-
-
-def _read_verified(folder: Path, verify_hashes: bool) -> tuple[dict[str, Any], ModelFiles, dict[str, Tensor]]:
-    """(manifest, files, tensors), the hashes taken while the tensors are read: nothing that was read is looked at
-    before they are known to be right, and a wrong one has the first word."""
-    if not verify_hashes:
-        files = scan_model_folder(folder)
-        return {}, files, read_tensors(files.weight_files)
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        manifest = beside.submit(verify, folder)
-        try:
-            files = scan_model_folder(folder)
-            stored = read_tensors(files.weight_files)
-        except Exception:
-            manifest.result()
-            raise
-        return manifest.result(), files, stored
 
 
 def _read_receipt(folder: Path) -> dict[str, Any]:
@@ -410,30 +412,21 @@ def _scheme(text: str, entries: list[Entry]) -> Scheme:
         return max(used, key=used.count) if used else Scheme()
 
 
-def read_tensors(paths: tuple[Path, ...]) -> dict[str, Tensor]:
-    """Every tensor of some safetensors files, by name, each in memory of its own: a mapped file would stay in memory as
-    long as one tensor lives, beside those that were made anew of it. Raises: UntrustedInput if one cannot be read."""
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        try:
-            tensors |= {name: read_tensor(fact) for name, fact in read_header(path).items()}
-        except OSError as error:
-            raise UntrustedInput(f"{path} cannot be read: {error}") from error
-    return tensors
-
-
 def _own_names(
-    config: dict[str, Any], state: State, stored: dict[str, Tensor], own: bool
+    config: dict[str, Any], state: State, stored: dict[str, Tensor], own: bool, turned: list[Tensor]
 ) -> tuple[plugin.QuantailorConfig, dict[str, Tensor]]:
-    """(our quantization config, tensors by the names our modules have), from either layout."""
+    """(our quantization config, tensors by the names our modules have), from either layout; `turned` gets those whose
+    highest bits are still to be turned, which must wait until digests are taken."""
     if own:
         settings = {k: v for k, v in config["quantization_config"].items() if k != "quant_method"}
         return plugin.QuantailorConfig(**settings), stored
     shapes: dict[str, tuple[int, int]] = {}
     biases: set[str] = set()
-    for name, scheme in state.inventory.quantized.items():
-        buffers = layout.from_compressed_tensors(name, stored, scheme)
-        entry = next(e for e in state.inventory if e.name == name)
+    for entry in state.inventory:
+        if entry.scheme is None:
+            continue
+        name = entry.name
+        buffers = layout.from_compressed_tensors(name, stored, entry.scheme, turned.append)
         shapes[name] = (entry.shape[0], entry.shape[1])
         if f"{name}.bias" in stored:
             biases.add(name)
@@ -464,60 +457,6 @@ def _check_agreement(config: dict[str, Any], quantization: plugin.QuantailorConf
     for name in {**said, **kept}:
         if said.get(name) != kept.get(name):
             raise UntrustedInput(f"config.json and {RECEIPT} tell different things of {name}; use a sound copy")
-
-
-_DTYPES = {
-    "packed.q": torch.int8,
-    "packed.words": torch.int32,
-    "packed.zero_point": torch.uint8,
-    "packed.scale_codes": torch.uint8,
-    "packed.group_index": torch.int32,
-    "packed.scale": torch.float32,
-    "packed.scale_second": torch.float32,
-    "packed.scale_mean": torch.float32,
-    "input_scale": torch.float32,
-    "output_scale": torch.float32,
-}
-_SCALES = ("packed.scale", "packed.scale_second", "input_scale", "output_scale")
-
-
-def check_grids(quantization: plugin.QuantailorConfig, tensors: dict[str, Tensor]) -> None:
-    """Types are those that are written, scales as their grid has them, zero points on it. All are finite already."""
-    for layer, settings in quantization.layers.items():
-        spec = from_json(quantization.schemes[settings["scheme"]]).weight
-        bits = spec.grid.bits
-        for part, dtype in _DTYPES.items():
-            name = f"{layer}.{part}"
-            tensor = tensors.get(name)
-            if tensor is None:
-                continue
-            if tensor.dtype != dtype:
-                raise UntrustedInput(f"{name} is of type {tensor.dtype}, and {dtype} is meant; use a sound copy")
-            signed = part == "packed.scale" and can_be_negative(spec.grid)
-            if part in _SCALES and not bool(((tensor != 0) if signed else (tensor > 0)).all()):
-                bad = tensor[tensor == 0 if signed else tensor <= 0]
-                rule = "not 0 on this grid" if signed else "positive"
-                raise UntrustedInput(f"scale {name} holds {float(bad[0]):.3g}; a scale is {rule}: use a sound copy")
-            if part == "packed.zero_point" and int(tensor.max()) >= 2**bits:
-                raise UntrustedInput(
-                    f"{name} holds {int(tensor.max())}, outside its grid of {bits} bits; use a sound copy"
-                )
-            if part == "packed.group_index" and not _names_groups(tensor, tensors.get(f"{layer}.packed.scale")):
-                raise UntrustedInput(f"{name} lists groups that the layer has not; use a sound copy")
-            if part == "packed.scale_codes" and not bool(tensor.view(torch.float8_e4m3fn).float().isfinite().all()):
-                raise UntrustedInput(f"{name} holds a code that is no number; use a sound copy")
-
-    for point in quantization.points:
-        scale = tensors.get(f"{point['name']}.scale")
-        if scale is not None and (scale.dtype != torch.float32 or not bool((scale > 0).all())):
-            raise UntrustedInput(f"{point['name']}.scale is no positive float32; use a sound copy")
-
-
-def _names_groups(index: Tensor, scale: Tensor | None) -> bool:
-    """Whether a list of groups [N] names only columns of `scale` [O, G]."""
-    if scale is None or scale.dim() != 2 or index.numel() == 0:
-        return False
-    return int(index.min()) >= 0 and int(index.max()) < scale.shape[1]
 
 
 def stored_probe(folder: Path, config: Any) -> tuple[dict[str, Tensor], Tensor] | None:

@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantailor.errors import QuantailorError, UntrustedInput, UsageError
 from quantailor.formats import awq_reader, bitsandbytes_reader, compressed_reader, gptq_reader, plugin
-from quantailor.formats.folder import check_grids, read_tensors
+from quantailor.formats.folder import check_grids
 from quantailor.formats.foreign_layer import Slot, Taken
 from quantailor.models.experts import experts_of, split_experts
 from quantailor.models.loading import CONFIG_ERRORS, Task, check_shapes, load_tokenizer, quiet_transformers, task_of
@@ -37,6 +37,7 @@ from quantailor.recipe import Entry, Inventory, Recipe
 from quantailor.spec import Scheme
 from quantailor.store.config import read_config
 from quantailor.store.paths import shown
+from quantailor.store.tensors import read_tensors
 from quantailor.store.untrusted import ModelFiles, check_finite, scan_model_folder
 
 Reader = Callable[[Mapping[str, Any], dict[str, Tensor], Mapping[str, Slot]], Taken]

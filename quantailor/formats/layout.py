@@ -12,7 +12,7 @@ Axes: O out, N in, G groups a row. The integers are the same in memory and in bo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -180,9 +180,17 @@ def to_compressed_tensors(name: str, packed: Mapping[str, Tensor], scheme: Schem
     return {f"{name}.weight_packed": words, f"{name}.weight_scale": scale, f"{name}.weight_shape": shape}
 
 
-def from_compressed_tensors(name: str, stored: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    """The inverse: buffers of a `PackedWeight`, without their prefix. Uses up the layer's tensors in `stored`: words
-    of 8 bits change in place. Raises: KeyError naming what is missing, ValueError if shapes contradict each other."""
+def turn_highest_bits(values: Tensor) -> None:
+    """u - 128 in 8 bits is u with its highest bit turned, here where it lies: a copy would count at a model's peak."""
+    values.view(torch.uint8).bitwise_xor_(128)
+
+
+def from_compressed_tensors(
+    name: str, stored: Mapping[str, Tensor], scheme: Scheme, turn: Callable[[Tensor], object] = turn_highest_bits
+) -> dict[str, Tensor]:
+    """The inverse: buffers of a `PackedWeight`, without their prefix. Uses up the layer's tensors in `stored`; weights
+    of 8 bits alone, which may lie where their words lay, are right once `turn` or who it tells has turned their bits.
+    Raises: KeyError naming what is missing, ValueError if shapes contradict each other."""
     scale = stored[f"{name}.weight_scale"].float()
     if scheme.input is not None:
         return {"q": stored[f"{name}.weight"], "scale": scale}
@@ -194,9 +202,9 @@ def from_compressed_tensors(name: str, stored: Mapping[str, Tensor], scheme: Sch
     if scheme.weight.grid.bits == 8:
         if words.shape[1] != words_per_row(length, 8):
             raise ValueError(f"{name}: {words.shape[1]} words a row do not hold {length} values of 8 bits")
-        # u - 128 in 8 bits is u with its highest bit turned, where it lies: a copy would count at a model's peak.
-        bytes_ = words.contiguous().view(torch.uint8).bitwise_xor_(128)
-        return {"q": bytes_.view(torch.int8)[:, :length].contiguous(), "scale": scale}
+        q = words.contiguous().view(torch.int8)[:, :length].contiguous()
+        turn(q)
+        return {"q": q, "scale": scale}
     return {"words": words, "scale": scale}
 
 

@@ -7,14 +7,15 @@ have written of the same tensors (version 0.8: largest element types first, then
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantailor.errors import UntrustedInput
-from quantailor.store.header import TensorFact
+from quantailor.store.header import TensorFact, read_header
 from quantailor.store.jsonio import write_json
 from quantailor.store.paths import open_regular, shown
 
@@ -33,24 +34,44 @@ DTYPES = {
     "I64": torch.int64,
 }  # in the order of the library, whose files have them from last to first
 _PIECE = 2**23  # bytes copied at a time
+_READ = 2**25  # bytes read at a time: a thread beside may hold the interpreter for 5 ms after each
 SHARD_BYTES = 50 * 10**9  # as transformers' `save_pretrained`
 
 
 def read_tensor(fact: TensorFact) -> Tensor:
     """One tensor, in memory of its own. Raises: UntrustedInput on a type that torch lacks, or a file cut short."""
+    with open_regular(fact.file) as file:
+        return filled(file, fact)
+
+
+def filled(file: BufferedReader, fact: TensorFact, seen: Callable[[memoryview], object] | None = None) -> Tensor:
+    """`read_tensor` from a file that is open; `seen` is given the bytes, piece by piece, once they are read."""
     if fact.dtype not in DTYPES:
         raise UntrustedInput(f"{shown(fact.file)} holds elements of type {fact.dtype}, which cannot be computed with")
     raw = torch.empty(fact.num_bytes, dtype=torch.uint8)
-    with open_regular(fact.file) as file:
-        file.seek(fact.start)
-        view = memoryview(raw.numpy())  # type: ignore[arg-type]
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise UntrustedInput(f"{shown(fact.file)} was cut short while it was read; use a sound copy")
-            done += count
+    file.seek(fact.start)
+    view = memoryview(raw.numpy())  # type: ignore[arg-type]
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done : done + _READ])
+        if not count:
+            raise UntrustedInput(f"{shown(fact.file)} was cut short while it was read; use a sound copy")
+        if seen is not None:
+            seen(view[done : done + count])
+        done += count
     return raw.view(DTYPES[fact.dtype]).reshape(fact.shape)
+
+
+def read_tensors(paths: tuple[Path, ...]) -> dict[str, Tensor]:
+    """Every tensor of some safetensors files, by name, each in memory of its own. Raises: UntrustedInput if one cannot
+    be read."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            tensors |= {name: read_tensor(fact) for name, fact in read_header(path).items()}
+        except OSError as error:
+            raise UntrustedInput(f"{path} cannot be read: {error}") from error
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, TensorFact]) -> None:

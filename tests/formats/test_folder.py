@@ -4,16 +4,19 @@ import functools
 import json
 import math
 import shutil
+import time
 
 import pytest
 import torch
 
 from quantailor import api
 from quantailor.errors import QuantailorError, UntrustedInput, UsageError
+from quantailor.formats import folder as folder_module
 from quantailor.formats.folder import read_folder
 from quantailor.models.prepare import FAKE_QUANT, PACKED
 from quantailor.models.structure import modules_of
 from quantailor.store.manifest import verify
+from quantailor.store.reading import Reading
 from tests.formats.making import bytes_of, drop, edited, put, quantized, saved, weights_in
 
 EMBEDDING_AND_HEAD = (("model.embed_tokens", "w8a16"), ("lm_head", "w8a16"))
@@ -448,3 +451,25 @@ def test_an_interrupted_swap_is_put_back_by_the_reader(saved_as, tmp_path):
 
     assert api.load(tmp_path / "model").is_packed
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_weights_of_8_bits_wait_for_their_digest_before_they_are_turned(saved_as, monkeypatch, ragged):
+    """They are turned where they lie, in the memory that the digest is taken of."""
+    simulated, folder = saved_as("llama", "w8a16", **({} if ragged else {"ragged": False}))
+    hashing, turning, order = Reading.hash, folder_module.layout.turn_highest_bits, []
+
+    def late(self):
+        time.sleep(0.3)
+        hashing(self)
+        order.append("digests")
+
+    def turned(values):
+        order.append("turned")
+        turning(values)
+
+    monkeypatch.setattr(Reading, "hash", late)
+    monkeypatch.setattr(folder_module.layout, "turn_highest_bits", turned)
+    loaded = api.load(folder)
+    assert order[0] == "digests" and "turned" in order
+    assert torch.equal(logits(loaded, simulated.probe), logits(simulated, simulated.probe))
