@@ -47,7 +47,7 @@ class StoredWeight:
     `zero_point` uint8 [O, G], (u - zero_point) * scale; with `levels` float32 [2^bits], levels[u] * scale. `group_size`
     None: one group. One scale for a whole weight has no zero points of a row.
 
-    `half_scale` float16 [O, G]: the same numbers as `scale`, where all of them are numbers of half precision."""
+    `half_scale` float16 [O, G]: the same numbers as `scale`, made by `with_half_scale`."""
 
     data: Tensor
     scale: Tensor
@@ -60,10 +60,9 @@ class StoredWeight:
     half_scale: Tensor | None = None
 
     def with_half_scale(self) -> StoredWeight:
-        """The same, with `half_scale` where it holds the same numbers and the kernel takes them, at 2 to 4 bits: what
-        it reads of four bits in groups of 32 is a tenth less."""
-        grouped = self.scale.shape[0] > 1 and self.groups > 1 and self.bits in (2, 3, 4) and self.levels is None
-        if not grouped or self.scale.device.type != "cpu" or not has_kernel():
+        """The same, with `half_scale` where it holds the same numbers and a step has several groups: what the kernel
+        reads of four bits in groups of 32 is a tenth less. Of larger groups it would be little, and was slower."""
+        if not self._several_to_a_step or self.scale.device.type != "cpu" or not has_kernel():
             return self
         half = self.scale.half()
         return replace(self, half_scale=half) if torch.equal(half.float(), self.scale) else self
@@ -74,6 +73,12 @@ class StoredWeight:
         return 32 if self.bits == 3 else 256 // self.bits
 
     @property
+    def _several_to_a_step(self) -> bool:
+        """Whether a step holds more groups than one, each row having its own scales."""
+        small = self.group_size is not None and self.group_size < self.step
+        return small and self.groups > 1 and self.scale.shape[0] > 1
+
+    @property
     def groups(self) -> int:
         return num_groups(self.in_features, self.group_size)
 
@@ -81,6 +86,7 @@ class StoredWeight:
     def native(self) -> NativeWeight:
         """As native code takes it: pointers into these tensors, valid as long as they are."""
         scale = self.scale if self.half_scale is None else self.half_scale
+        assert self.half_scale is None or self._several_to_a_step, "with_half_scale makes no others"
         held = (self.data, scale, self.zero_point, self.levels)
         assert all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in held)
         kind = self.bits

@@ -162,7 +162,7 @@ static void share(int64_t rows, int me, int of, int64_t *from, int64_t *to) {
 // The token of weight `i`, unless that of `before` is the same.
 static token as_token(const block *b, int i, int before, const float *x, void *memory, const token *last) {
     const weight *w = b->weights + i;
-    if (before >= 0 && w->kind == b->weights[before].kind && w->c == b->weights[before].c) return *last;
+    if (before >= 0 && same_token(w, b->weights + before)) return *last;
     token t = token_at(memory, w->kind, w->n);
     prepare_token(x, w, &t);
     return t;

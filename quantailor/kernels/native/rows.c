@@ -20,11 +20,20 @@ static inline __attribute__((always_inline)) int inputs_of(int kind) {
 static inline __attribute__((always_inline)) int bytes_of(int kind) { return kind == 3 ? 12 : 32; }
 static inline __attribute__((always_inline)) int in_words(int kind) { return kind == 8 || kind == UNSIGNED8 || kind == NF4; }
 
+int parts_of(const weight *w) {
+    const int v = inputs_of((int)w->kind);
+    return w->kind == FLOAT32 || w->groups == 1 || w->group >= v ? 1 : (int)(v / w->group);
+}
+
+int same_token(const weight *a, const weight *b) {
+    return a->kind == b->kind && a->c == b->c && parts_of(a) == parts_of(b) && !a->zeros == !b->zeros;
+}
+
 static inline int64_t steps_of(int64_t kind, int64_t n) { return (n + inputs_of((int)kind) - 1) / inputs_of((int)kind); }
 
 int64_t token_bytes(int64_t kind, int64_t n) {
     if (kind == FLOAT32) return 0;
-    return steps_of(kind, n) * (2 * inputs_of((int)kind) + 17 * (int64_t)sizeof(float)) + 32;
+    return steps_of(kind, n) * (2 * inputs_of((int)kind) + 25 * (int64_t)sizeof(float)) + 96;
 }
 
 token token_at(void *memory, int64_t kind, int64_t n) {
@@ -35,7 +44,8 @@ token token_at(void *memory, int64_t kind, int64_t n) {
     t.low = t.high + steps * v;
     t.sums = (float *)(t.high + 2 * steps * v);
     t.moved = t.sums + 8 * steps;
-    t.x_scale = t.moved + 8 * steps;
+    t.group_scale = t.moved + 8 * steps + 8;
+    t.x_scale = t.group_scale + 8 * steps + 8;
     return t;
 }
 
@@ -80,7 +90,7 @@ static inline __attribute__((always_inline)) void by_pair(const int16_t *in, int
 }
 
 // Its loops are such that compilers find vectors in them: it is the part that every thread does by itself.
-static inline __attribute__((always_inline)) void prepare(const float *x, int64_t n, int kind, float c, token *t) {
+static inline __attribute__((always_inline)) void prepare(const float *x, int64_t n, int kind, float c, int parts, token *t) {
     const int v = inputs_of(kind), lane = v / 8;
     const int64_t steps = (n + v - 1) / v;
     int32_t broken = 0;
@@ -126,8 +136,18 @@ static inline __attribute__((always_inline)) void prepare(const float *x, int64_
             int32_t sum = 0;
             for (int i = 0; i < lane; i++) sum += k[l * lane + i];
             t->sums[s * 8 + l] = (float)sum;
-            t->moved[s * 8 + l] = (float)sum * t->x_scale[s] * c;
+            if (parts == 1) t->moved[s * 8 + l] = (float)sum * t->x_scale[s] * c;
         }
+        for (int p = 0; parts > 1 && p < parts; p++) {
+            float sum = 0;
+            for (int l = p * 8 / parts; l < (p + 1) * 8 / parts; l++) sum += t->sums[s * 8 + l];
+            t->moved[s * parts + p] = sum * t->x_scale[s] * c;
+            t->group_scale[s * parts + p] = t->x_scale[s];
+        }
+    }
+    if (parts > 1) {  // scales are taken eight at a time
+        memset(t->moved + steps * parts, 0, 8 * sizeof(float));
+        memset(t->group_scale + steps * parts, 0, 8 * sizeof(float));
     }
 }
 
@@ -144,7 +164,7 @@ static inline __attribute__((always_inline)) void prepare(const float *x, int64_
 
 void prepare_token(const float *x, const weight *w, token *t) {
     t->x = x;
-    FOR_KIND(w->kind, prepare(x, w->n, kind, (float)w->c, t));
+    FOR_KIND(w->kind, prepare(x, w->n, kind, w->zeros ? -1.0f : (float)w->c, parts_of(w), t));
 }
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__BMI2__) && defined(__F16C__)
@@ -153,10 +173,10 @@ void prepare_token(const float *x, const weight *w, token *t) {
 int32_t decode_ready(void) { return 1; }
 
 enum { ROWS = 4 };  // of weights at a time: they share what is loaded of the token
+enum { AT_ONCE = 512 };  // groups whose scales are taken together: a multiple of what a step can hold, 8
 
 typedef struct {
     int64_t steps, whole, many;  // steps; those that lie whole in a row; steps to a group
-    int64_t left;                // groups in the last step, where `parts` > 1
     int parts;                   // groups to a step
     __m256i order;
     __m256i low_levels, high_levels;
@@ -168,9 +188,8 @@ static layout layout_of(const weight *w, int kind) {
     f.steps = (w->n + v - 1) / v;
     f.whole = w->row_bytes / bytes_of(kind);
     if (f.whole > f.steps) f.whole = f.steps;
-    f.parts = w->groups == 1 || w->group >= v ? 1 : (int)(v / w->group);
+    f.parts = parts_of(w);
     f.many = w->groups == 1 ? f.steps : w->group >= v ? w->group / v : 1;
-    f.left = w->groups - (f.steps - 1) * f.parts;
     int32_t index[8];
     for (int l = 0; l < 8; l++) {
         index[l] = f.parts == 2 ? l / 4 % 2 : l * f.parts / 8;
@@ -187,16 +206,6 @@ static layout layout_of(const weight *w, int kind) {
         f.high_levels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high));
     }
     return f;
-}
-
-// c of a step's eight lanes from `count` zero points.
-static inline __m256 moves_of_lanes(const uint8_t *group, int64_t count, int parts, __m256i order) {
-    uint64_t bytes = 0;
-    if (count == 1) return _mm256_set1_ps(-(float)group[0]);
-    memcpy(&bytes, group, (size_t)count);
-    __m256 all = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
-    if (parts == 2) all = _mm256_permute2f128_ps(all, all, 0);
-    return _mm256_sub_ps(_mm256_setzero_ps(), parts == 2 ? _mm256_permutevar_ps(all, order) : _mm256_permutevar8x32_ps(all, order));
 }
 
 #define LOAD(P) _mm256_loadu_si256((const __m256i *)(P))
@@ -248,107 +257,123 @@ static inline __attribute__((always_inline)) __m256i sums_of_step(const uint8_t 
     return _mm256_add_epi32(_mm256_madd_epi16(h, shift), _mm256_madd_epi16(l, ones));
 }
 
-// `count` scales, 1, 2, 4 or 8 of them, each for its share of the lanes.
-static inline __attribute__((always_inline)) __m256 scales_of_lanes(const char *scales, int count, int half, __m256i order) {
-    if (half) {
-        if (count == 8) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)scales));
-        uint64_t bits = 0;
-        memcpy(&bits, scales, (size_t)(2 * count));
-        __m128 some = _mm_cvtph_ps(_mm_cvtsi64_si128((long long)bits));
-        if (count == 1) return _mm256_broadcastss_ps(some);
-        return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(some), order);
-    }
-    if (count == 1) return _mm256_broadcast_ss((const float *)scales);
-    if (count == 2) return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd((const double *)scales)), order);
-    if (count == 4) return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps((const float *)scales)), order);
-    return _mm256_loadu_ps((const float *)scales);
+// Scales of a step's lanes from as many floats as it has groups: `parted` of them where that is 1 or 2.
+static inline __attribute__((always_inline)) __m256 scales_of_lanes(const float *scales, int parted, const layout *f) {
+    if (parted == 1) return _mm256_broadcast_ss(scales);
+    if (parted == 2) return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_broadcast_sd((const double *)scales)), f->order);
+    if (f->parts == 4) return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(scales)), f->order);
+    return _mm256_loadu_ps(scales);
 }
 
-// The same of the last step, which may hold `left` groups alone; the lanes beyond multiply nothing but zeros.
-static inline __attribute__((always_inline)) __m256 last_scales(const char *scales, const layout *f, int half) {
-    float some[8] = {0};
-    for (int i = 0; i < f->left; i++) {
-        if (!half) memcpy(some + i, scales + 4 * i, 4);
-        else {
-            uint16_t bits;
-            memcpy(&bits, scales + 2 * i, 2);
-            some[i] = _cvtsh_ss(bits);
+// Of a row whose steps have several groups: scales of groups from .. from + count - 1 times the token's, zeros after them
+// up to a multiple of 8; and what `moved` adds to the row, in `sum`: no step has to. `next`: bytes to the rows after
+// these, whose scales are fetched.
+static inline __attribute__((always_inline)) __m256 take_scales(const char *scales, int64_t next, const uint8_t *zeros,
+                                                                 const token *t, int64_t from, int64_t count, int half,
+                                                                 __m256 sum, float *to) {
+    const int64_t size = half ? 2 : 4;
+    for (int64_t g = 0; g < count; g += 8) {
+        const char *at = scales + (from + g) * size;
+        char some[32] = {0};
+        if (g + 8 > count) at = memcpy(some, at, (size_t)((count - g) * size));
+        else if (g % 16 == 0) _mm_prefetch(at + next, _MM_HINT_T0);
+        __m256 of_w = half ? _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at)) : _mm256_loadu_ps((const float *)at);
+        __m256 moved = _mm256_loadu_ps(t->moved + from + g);
+        if (zeros) {
+            uint64_t eight = 0;
+            memcpy(&eight, zeros + from + g, (size_t)(count - g < 8 ? count - g : 8));
+            __m256 z = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)eight)));
+            moved = _mm256_mul_ps(moved, z);
         }
+        sum = _mm256_fmadd_ps(of_w, moved, sum);
+        _mm256_storeu_ps(to + g, _mm256_mul_ps(of_w, _mm256_loadu_ps(t->group_scale + from + g)));
     }
-    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(some), f->order);
+    return sum;
 }
 
-// One step of `many` rows, whose weights start at `at` and stand `apart` bytes from each other. `parted` as layout.parts
-// where that is 1 or 2, and 3 for more; `last`: the step may hold fewer groups, and nothing is fetched beforehand.
+// One step of `many` rows, whose weights start at `at` and stand `apart` bytes from each other, with scales as
+// `take_scales` leaves them where there are several to a step. `parted` as layout.parts where that is 1 or 2, and 3 for
+// more; `last`: the step may be short, and nothing is fetched beforehand.
 static inline __attribute__((always_inline)) void one_step(const layout *f, const token *t, int64_t s, const uint8_t *at,
-                                                            int64_t apart, const char *scale, int64_t scale_stride,
+                                                            int64_t apart, const float *scales, int64_t scales_apart,
                                                             const uint8_t *zero, int64_t groups, int many, int kind,
-                                                            int parted, int has_zeros, int half, int last, __m256 *sum) {
+                                                            int parted, int has_zeros, int last, __m256 *sum) {
     const int width = in_words(kind) ? 2 * inputs_of(kind) : inputs_of(kind);
     const int8_t *high = t->high + s * width, *low = t->low + s * width;
-    const __m256 x_scale = _mm256_broadcast_ss(t->x_scale + s), moved = _mm256_loadu_ps(t->moved + s * 8);
+    const __m256 x_scale = _mm256_broadcast_ss(t->x_scale + s);
+    const __m256 moved = _mm256_loadu_ps(t->moved + (parted == 1 ? s * 8 : 0));
 #pragma GCC unroll 4
     for (int r = 0; r < many; r++) {
         if (!last) _mm_prefetch((const char *)(at + (many + r) * apart), _MM_HINT_T0);
-        __m256 d = _mm256_cvtepi32_ps(sums_of_step(at + r * apart, high, low, kind, f)), of_w;
-        const char *scales = scale + r * scale_stride;
-        if (last && parted > 1) of_w = last_scales(scales, f, half);
-        else of_w = scales_of_lanes(scales, parted < 3 ? parted : f->parts, half, f->order);
-        if (has_zeros) {
-            const uint8_t *zeros = zero + r * groups;
-            __m256 move = parted > 1 ? moves_of_lanes(zeros, last ? f->left : f->parts, f->parts, f->order)
-                                     : _mm256_set1_ps(-(float)*zeros);
+        __m256 d = _mm256_cvtepi32_ps(sums_of_step(at + r * apart, high, low, kind, f));
+        if (parted == 1 && has_zeros) {
+            __m256 move = _mm256_set1_ps(-(float)zero[r * groups]);
             d = _mm256_mul_ps(_mm256_fmadd_ps(move, _mm256_loadu_ps(t->sums + s * 8), d), x_scale);
-        } else {
+        } else if (parted == 1) {
             d = _mm256_fmadd_ps(d, x_scale, moved);
         }
-        sum[r] = _mm256_fmadd_ps(d, of_w, sum[r]);
+        sum[r] = _mm256_fmadd_ps(d, scales_of_lanes(scales + r * scales_apart, parted, f), sum[r]);
     }
 }
 
 static inline __attribute__((always_inline)) void some_rows(const weight *w, const layout *f, const token *t, int64_t from,
-                                                             int many, int kind, int parted, int has_zeros, int half, const float *bias,
-                                                             float *y) {
-    const int size = bytes_of(kind), scale_size = half ? 2 : 4;
-    const int64_t steps = f->steps, apart = w->row_bytes, scale_stride = w->scale_stride * scale_size, groups = w->groups;
+                                                             int many, int kind, int parted, int has_zeros,
+                                                             const float *bias, float *y) {
+    const int size = bytes_of(kind);
+    const int64_t before_last = f->steps - 1, apart = w->row_bytes, groups = w->groups;
     const uint8_t *row = (const uint8_t *)w->w + from * apart, *zero = has_zeros ? w->zeros + from * groups : 0;
-    const char *scale = (const char *)w->scale + from * scale_stride;
     const token local = *t;
     __m256 sum[ROWS];
     for (int r = 0; r < many; r++) sum[r] = _mm256_setzero_ps();
-#define STEP(AT, APART, LAST) \
-    one_step(f, &local, s, AT, APART, scale, scale_stride, zero, groups, many, kind, parted, has_zeros, half, LAST, sum)
-    int64_t s = 0;
-    if (parted > 1) {
-        const int parts = parted == 2 ? 2 : f->parts;
-        for (; s < steps - 1; s++) {
-            STEP(row + s * size, apart, 0);
-            scale += parts * scale_size;
-            if (has_zeros) zero += parts;
-        }
-    } else if (f->many == 1) {
-        for (; s < steps - 1; s++) {
-            STEP(row + s * size, apart, 0);
-            scale += scale_size;
-            if (has_zeros) zero++;
-        }
-    } else {
-        for (int64_t until = f->many; s < steps - 1; until += f->many) {
-            for (; s < until && s < steps - 1; s++) STEP(row + s * size, apart, 0);
-            if (s == until) {
-                scale += scale_size;
-                if (has_zeros) zero++;
-            }
-        }
-    }
     uint8_t tails[ROWS * 32] = {0};
-    const uint8_t *rest = row + s * size;
+    const uint8_t *rest = row + before_last * size;
     int64_t rest_apart = apart;
-    if (s >= f->whole) {  // a step that the row holds in part
-        for (int r = 0; r < many; r++) memcpy(tails + r * 32, rest + r * apart, (size_t)(apart - s * size));
+    if (before_last >= f->whole) {  // a step that the row holds in part
+        for (int r = 0; r < many; r++) memcpy(tails + r * 32, rest + r * apart, (size_t)(apart - before_last * size));
         rest = tails, rest_apart = 32;
     }
-    STEP(rest, rest_apart, 1);
+#define STEP(AT, APART, SCALES, SCALES_APART, LAST) \
+    one_step(f, &local, s, AT, APART, SCALES, SCALES_APART, zero, groups, many, kind, parted, has_zeros, LAST, sum)
+    int64_t s = 0;
+    if (parted > 1) {
+        float scales[ROWS * AT_ONCE];
+        const int parts = parted == 2 ? 2 : f->parts;
+        const int64_t stride = w->scale_stride * (w->half ? 2 : 4);
+        const char *scale = (const char *)w->scale + from * stride;
+        for (int64_t g = 0; g < groups; g += AT_ONCE) {
+            const int64_t count = groups - g < AT_ONCE ? groups - g : AT_ONCE;
+#pragma GCC unroll 4
+            for (int r = 0; r < many; r++) {
+                const char *at = scale + r * stride;
+                const uint8_t *z = has_zeros ? zero + r * groups : 0;
+                float *to = scales + r * AT_ONCE;
+                if (w->half) sum[r] = take_scales(at, many * stride, z, &local, g, count, 1, sum[r], to);
+                else sum[r] = take_scales(at, many * stride, z, &local, g, count, 0, sum[r], to);
+            }
+            for (int64_t i = 0; i < count && s < before_last; i += parts, s++) {
+                STEP(row + s * size, apart, scales + i, AT_ONCE, 0);
+            }
+        }
+        STEP(rest, rest_apart, scales + s * parts % AT_ONCE, AT_ONCE, 1);
+    } else {
+        const float *scale = (const float *)w->scale + from * w->scale_stride;
+        if (f->many == 1) {
+            for (; s < before_last; s++) {
+                STEP(row + s * size, apart, scale, w->scale_stride, 0);
+                scale++;
+                if (has_zeros) zero++;
+            }
+        } else {
+            for (int64_t until = f->many; s < before_last; until += f->many) {
+                for (; s < until && s < before_last; s++) STEP(row + s * size, apart, scale, w->scale_stride, 0);
+                if (s == until) {
+                    scale++;
+                    if (has_zeros) zero++;
+                }
+            }
+        }
+        STEP(rest, rest_apart, scale, w->scale_stride, 1);
+    }
 #undef STEP
     const float unit = kind == NF4 ? 1.0f / NF4_LARGEST : 1.0f;
     for (int r = 0; r < many; r++) y[from + r] = total(sum[r]) * unit + (bias ? bias[from + r] : 0.0f);
@@ -358,33 +383,28 @@ static inline __attribute__((always_inline)) void some_rows(const weight *w, con
 static __attribute__((noinline)) void last_rows(const weight *w, const layout *f, const token *t, const float *bias,
                                                 int64_t o, int64_t to, float *y) {
     const int parted = f->parts < 3 ? f->parts : 3;
-    for (; o < to; o++) some_rows(w, f, t, o, 1, (int)w->kind, parted, w->zeros != 0, (int)w->half, bias, y);
+    for (; o < to; o++) some_rows(w, f, t, o, 1, (int)w->kind, parted, w->zeros != 0, bias, y);
 }
 
 // A function for each kind and layout, so that each has the registers to itself.
-#define VARIANT(KIND, PARTED, ZEROS, HALF)                                                                        \
-    static __attribute__((noinline)) void rows_##KIND##_##PARTED##_##ZEROS##_##HALF(                              \
+#define VARIANT(KIND, PARTED, ZEROS)                                                                              \
+    static __attribute__((noinline)) void rows_##KIND##_##PARTED##_##ZEROS(                                       \
         const weight *w, const layout *f, const token *t, const float *bias, int64_t o, int64_t to, float *y) {   \
-        for (; o + ROWS <= to; o += ROWS) some_rows(w, f, t, o, ROWS, KIND, PARTED, ZEROS, HALF, bias, y);        \
+        for (; o + ROWS <= to; o += ROWS) some_rows(w, f, t, o, ROWS, KIND, PARTED, ZEROS, bias, y);              \
         last_rows(w, f, t, bias, o, to, y);                                                                       \
     }
-#define LAYOUTS(KIND, ZEROS, HALF) \
-    VARIANT(KIND, 1, ZEROS, HALF) VARIANT(KIND, 2, ZEROS, HALF) VARIANT(KIND, 3, ZEROS, HALF)
-#define OF_LAYOUT(KIND, ZEROS, HALF)                                     \
-    (f.parts == 1   ? rows_##KIND##_1_##ZEROS##_##HALF                   \
-     : f.parts == 2 ? rows_##KIND##_2_##ZEROS##_##HALF                   \
-                    : rows_##KIND##_3_##ZEROS##_##HALF)(w, &f, t, bias, from, to, y)
-#define ROWS_OF(KIND, SAME)                                                                                       \
+#define OF_LAYOUT(KIND, ZEROS)                              \
+    (f.parts == 1   ? rows_##KIND##_1_##ZEROS               \
+     : f.parts == 2 ? rows_##KIND##_2_##ZEROS               \
+                    : rows_##KIND##_3_##ZEROS)(w, &f, t, bias, from, to, y)
+#define KINDS(KIND)                                                                                               \
+    VARIANT(KIND, 1, 0) VARIANT(KIND, 2, 0) VARIANT(KIND, 3, 0)                                                   \
+    VARIANT(KIND, 1, 1) VARIANT(KIND, 2, 1) VARIANT(KIND, 3, 1)                                                   \
     static void rows_of_##KIND(const weight *w, const token *t, const float *bias, int64_t from, int64_t to, float *y) { \
         const layout f = layout_of(w, KIND);                                                                      \
-        SAME                                                                                                      \
-        w->zeros ? OF_LAYOUT(KIND, 1, 0) : OF_LAYOUT(KIND, 0, 0);                                                 \
+        w->zeros ? OF_LAYOUT(KIND, 1) : OF_LAYOUT(KIND, 0);                                                       \
     }
-#define KINDS(KIND) LAYOUTS(KIND, 0, 0) LAYOUTS(KIND, 1, 0) ROWS_OF(KIND, )
-#define KINDS_WITH_HALF(KIND)                                                                                     \
-    LAYOUTS(KIND, 0, 0) LAYOUTS(KIND, 1, 0) LAYOUTS(KIND, 0, 1) LAYOUTS(KIND, 1, 1)                               \
-    ROWS_OF(KIND, if (w->half) { w->zeros ? OF_LAYOUT(KIND, 1, 1) : OF_LAYOUT(KIND, 0, 1); return; })
-KINDS(1) KINDS_WITH_HALF(2) KINDS_WITH_HALF(3) KINDS_WITH_HALF(4) KINDS(8) KINDS(UNSIGNED8) KINDS(NF4)
+KINDS(1) KINDS(2) KINDS(3) KINDS(4) KINDS(8) KINDS(UNSIGNED8) KINDS(NF4)
 
 static void float_rows(const weight *w, const float *x, const float *bias, int64_t from, int64_t to, float *y) {
     for (int64_t o = from; o < to; o++) {

@@ -17,7 +17,7 @@ enum { NF4 = 40, UNSIGNED8 = 80, FLOAT32 = 320 };  // beside 1, 2, 3, 4 and 8 (s
 // A weight [O, N] as it is stored, and what moves it onto its grid.
 typedef struct {
     const void *w;        // rows of `row_bytes` bytes
-    const void *scale;    // float32 [O, G]; or one for all with `scale_stride` 0; float16 [O, G] where `half` (2 to 4 bits)
+    const void *scale;    // float32 [O, G]; or one for all with `scale_stride` 0; float16 [O, G] where `half`, several to a step
     const uint8_t *zeros; // [O, G] or NULL: c is then the same everywhere
     const float *levels;  // NF4: [16]
     int64_t kind, out, n, row_bytes, scale_stride, groups, group, half;
@@ -28,11 +28,16 @@ typedef struct {
 typedef struct {
     int8_t *high, *low;    // int8 [S, V] each, in the order in which weights are unpacked; int16 [S, V] in `high` alone
     float *x_scale;        // [S]; NaN where the token is not finite
-    float *sums, *moved;   // [S, 8]: of each lane's integers; the same times x_scale and c
+    float *sums;           // [S, 8]: of each lane's integers
+    float *moved;          // the same times x_scale and c; where a step has P > 1 groups, [S, P]: of each group's, with
+                           // c = -1, for zero points to multiply, where there are any
+    float *group_scale;    // [S, P]: x_scale again, where P > 1
     const float *x;        // [N], for FLOAT32
 } token;
 
 int64_t token_bytes(int64_t kind, int64_t n);
+int parts_of(const weight *w);  // groups to a step
+int same_token(const weight *a, const weight *b);  // of weights as long
 token token_at(void *memory, int64_t kind, int64_t n);
 void prepare_token(const float *x, const weight *w, token *t);
 // y[o] for rows from .. to - 1 of the weight; y is of the whole token, bias [O] or NULL.
