@@ -6,6 +6,7 @@ after another and in turn: A B C, C B A, ... A ratio is taken round by round aga
 median and the range are told. Peak memory is that of the process above its imports.
 
     python bench/qat_step.py bert llama --rounds 3 --out bench/results/qat_step.json
+    python bench/qat_step.py llama --without '*bf16*'                              where bfloat16 is emulated
     python bench/qat_step.py bert --only plain 'ours*' --profile 'ours w8a8'      where the time goes
     python bench/qat_step.py llama --device cuda                                   the same on a GPU
 
@@ -149,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=list(SHAPES))
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of contestants; plain steps always run")
+    parser.add_argument("--without", nargs="*", default=[], help="patterns of contestants left out, plain ones too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps a round, after an untimed one")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -162,7 +164,12 @@ def main() -> None:
         for model in options.models:
             run(options.profile, model, options, profile=True)
         return
-    names = [n for n in CONTESTANTS if n.startswith("plain") or any(fnmatch.fnmatchcase(n, p) for p in options.only)]
+
+    def matches(name: str, patterns: list[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    asked = [n for n in CONTESTANTS if n.startswith("plain") or matches(n, options.only)]
+    names = [n for n in asked if not matches(n, options.without)]
     document: dict[str, Any] = {
         "question": "the cost of a QAT step beside the plain step",
         "command": shlex.join(["python", "bench/qat_step.py", *sys.argv[1:]]),
