@@ -29,6 +29,7 @@ from quantailor.formats import gguf_metadata, gguf_tokenizer
 from quantailor.formats.gguf_model import read_gguf
 from quantailor.formats.gguf_names import Architecture
 from quantailor.formats.gguf_tensors import Plan, plan
+from quantailor.formats.probe import stored_probe
 from quantailor.formats.receipt import ExportReceipt
 from quantailor.models.loading import load_float
 from quantailor.models.prepare import SIMULATED, pack_model, state_of
@@ -96,7 +97,7 @@ def _loaded(
             plain = load_float(source)
             return plain.model, tokenizer or plain.tokenizer, probe
         held = folders.read_folder(source)
-        if probe is None and (stored := folders.stored_probe(source, held.model.config)) is not None:
+        if probe is None and (stored := stored_probe(source, held.model.config)) is not None:
             probe = stored[0]
         return held.model, tokenizer or held.tokenizer, probe
     model = source

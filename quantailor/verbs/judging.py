@@ -23,6 +23,7 @@ from quantailor.evaluate.adequacy import Adequacy, Solve, examine
 from quantailor.evaluate.parity import Parity, compare
 from quantailor.evaluate.run import evaluate as measure
 from quantailor.formats import folder as folders
+from quantailor.formats.probe import stored_probe
 from quantailor.models.generation import continued, decoder_of, told
 from quantailor.models.loading import (
     device_of,
@@ -139,7 +140,7 @@ def check(path: str | Path) -> Parity:
         return _check_foreign(Path(path))
     loaded = folders.read_folder(Path(path))
     simulated = unpack_model(copy.deepcopy(loaded.model))
-    stored = folders.stored_probe(Path(path), loaded.model.config)
+    stored = stored_probe(Path(path), loaded.model.config)
     probe = stored[0] if stored else default_probe(Model(loaded.model, loaded.tokenizer, loaded.task))
     parity = compare(simulated, loaded.model, probe, expected=folders.expected_digests(loaded.receipt))
     if stored is None:

@@ -24,6 +24,7 @@ from quantailor.evaluate.qa import QAResult
 from quantailor.formats import folder as folders
 from quantailor.formats import foreign
 from quantailor.formats.gguf_model import read_gguf
+from quantailor.formats.probe import stored_probe
 from quantailor.models.loading import (
     Task,
     load_float,
@@ -86,7 +87,7 @@ def load(path: str | Path, *, task: Task | None = None, num_labels: int | None =
         parent = {"folder": path.name, "hash": hash_folder(path)}
         return Model(plain.model, plain.tokenizer, plain.task, parent, notes=list(plain.notes))
     loaded = folders.read_folder(path, verify_hashes=verify)
-    stored, details = folders.stored_probe(path, loaded.model.config), loaded.receipt.get("details")
+    stored, details = stored_probe(path, loaded.model.config), loaded.receipt.get("details")
     return Model(
         loaded.model,
         loaded.tokenizer,
