@@ -2,6 +2,7 @@
 
     python bench/inference.py [--layers 22] [--rounds 3] [--threads 2] [--cold 1] [--work DIR] [--torchao DIR]
                               [--llamacpp VENV/bin/python] [--openvino DIR] [--only lm|bert] [--out FILE]
+                              [--without '*bfloat16*']        where it is emulated, and slow
 
 Two models of real shapes with seeded random weights, which is right for time and memory and says nothing of quality: a
 1.1 B Llama (bench/ptq_memory.py), head quantized too, decoded at batch 1, and BERT-base, 128 tokens, batches of 1 and
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import os
 import statistics
@@ -153,6 +155,8 @@ class Contestant:
 def compare(contestants: list[tuple], keys: tuple[str, ...], o: argparse.Namespace) -> dict[str, dict]:
     """Name -> loading, memory, and each key's median and spread; failures with their reason."""
     running, found, options = [], {}, ["--tokens", str(o.tokens), "--batch", str(o.batch)]
+    left_out = [one for one in contestants if any(fnmatch.fnmatchcase(one[0], p) for p in o.without)]
+    contestants = [one for one in contestants if one not in left_out]
     # First, since what a contestant that waits has mapped cannot be dropped.
     cold = {one[0]: from_disk(one, o.cold) for one in contestants if o.cold}
     try:
@@ -171,6 +175,7 @@ def compare(contestants: list[tuple], keys: tuple[str, ...], o: argparse.Namespa
     finally:
         for one in running:
             one.stop()
+    found |= {name: {"not_measured": "left out"} for name, *_ in left_out}
     for one in running:
         if one.failed or not one.rounds:
             found[one.name] = {"not_measured": one.failed or "no round was finished"}
@@ -222,6 +227,7 @@ def main() -> None:
     parser.add_argument("--llamacpp", default="")
     parser.add_argument("--openvino", default="")
     parser.add_argument("--only", choices=("lm", "bert"))
+    parser.add_argument("--without", nargs="*", default=[], help="patterns of contestants left out")
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
     place = tempfile.TemporaryDirectory() if o.work is None else None
