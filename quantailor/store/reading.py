@@ -18,6 +18,7 @@ from quantailor.errors import UntrustedInput
 from quantailor.store.manifest import sha256, verify
 from quantailor.store.paths import open_regular, shown
 from quantailor.store.tensors import filled
+from quantailor.store.threads import leave_the_bound_core
 from quantailor.store.untrusted import ModelFiles, scan_model_folder
 
 
@@ -52,6 +53,7 @@ class Reading(Mapping[str, Tensor]):
 
     def read(self) -> None:
         """Fill all tensors, file by file."""
+        leave_the_bound_core()
         try:
             for path in self.files.weight_files:
                 self._read_file(path)
@@ -78,6 +80,7 @@ class Reading(Mapping[str, Tensor]):
 
     def hash(self) -> None:
         """Take the digests of all files as they are read."""
+        leave_the_bound_core()
         for digest in self._digests.values():
             found = hashlib.sha256()
             while (piece := self._pieces.get()) is not None:
