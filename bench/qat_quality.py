@@ -94,8 +94,8 @@ class Bench:
         recipe = dict(RECIPES[bits])
         if way == "scales":
             return recipe | {"trains": "scales", "learning_rate": None}
-        if model != MODELS[0]:  # a larger model wants a lower rate, which the table knows
-            recipe["learning_rate"] = None
+        if model != MODELS[0]:  # a larger model wants a lower rate, which the table knows, and learns from the text
+            recipe |= {"learning_rate": None, "task_weight": 1.0}
         return recipe
 
     def measure(self, model: str, bits: int, seed: int, way: str) -> Result | None:
