@@ -473,3 +473,17 @@ def test_weights_of_8_bits_wait_for_their_digest_before_they_are_turned(saved_as
     loaded = api.load(folder)
     assert order[0] == "digests" and "turned" in order
     assert torch.equal(logits(loaded, simulated.probe), logits(simulated, simulated.probe))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "scale"), [("w4a16-g32", f"{PACKED_Q}.scale"), ("w8a8", f"{Q_PROJ}.weight_scale")], ids=str
+)
+def test_check_notices_one_scale_that_is_a_little_wrong(saved_as, tmp_path, scheme, scale):
+    """It loads, since a scale may be any positive number; the digests of the simulated model tell."""
+    _, folder = saved_as("llama", scheme)
+
+    def grown(tensors):
+        first(scale, float(tensors[scale].view(-1)[0]) * 1.001)(tensors)
+
+    parity = api.check(edited(folder, tmp_path / "wrong", tensors=grown))
+    assert not parity.equal and list(parity.differing) == [Q_PROJ]
