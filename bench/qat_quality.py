@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 import quantailor as qt
 from quantailor.api import environment, examples_for
+from quantailor.verbs.model import placed
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "rivals"))
@@ -79,7 +80,7 @@ class Bench:
 
     def judge(self, model: str) -> Judge:
         if model not in self.judges:
-            self.judges[model] = Judge(model)
+            self.judges[model] = Judge(model, self.options.device)
             self.attention = use(self.judges[model].float.model)
         return self.judges[model]
 
@@ -141,7 +142,7 @@ class Bench:
             )
             place.parent.mkdir(parents=True, exist_ok=True)
             qt.save(made, place)
-        start = qt.load(place)
+        start = placed(qt.load(place), self.options.device)
         use(start.model)
         return start
 
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rival-rate", type=float, help="the other tools' learning rate, in place of RIVAL_RATES")
     parser.add_argument("--only", nargs="*", default=[], help="ways to run; what the cache has is shown all the same")
+    parser.add_argument("--device", default="cpu", help="of PTQ and evaluation; training takes a GPU that is there")
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache" / "quantailor-rivals")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "quantailor-qat")
     parser.add_argument("--out", type=Path)

@@ -10,6 +10,7 @@ import quantailor as qt
 from quantailor.api import examples_for
 from quantailor.evaluate.lm import LMResult, Reference
 from quantailor.evaluate.run import evaluate, reference_for
+from quantailor.verbs.model import placed
 
 DATA = Path(os.environ.get("QUANTAILOR_DATA", Path(__file__).parents[3] / "shared" / "data"))
 CONTEXT = 256
@@ -18,8 +19,8 @@ CONTEXT = 256
 class Judge:
     """Holds a float model's answers on the evaluation text; made once a model."""
 
-    def __init__(self, name: str) -> None:
-        self.float = qt.load(DATA / "models" / name)
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        self.float = placed(qt.load(DATA / "models" / name), device)
         self.valid = examples_for(self.float, DATA / "text" / "tinystories" / "valid.txt", context=CONTEXT)
         reference = reference_for(self.float.model, self.valid)
         assert isinstance(reference, Reference)

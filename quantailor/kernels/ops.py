@@ -137,7 +137,8 @@ def int_linear(
 ) -> Tensor:
     """The formula above. `bias` [O] or None. Returns [..., O] in `dtype`, rounded from float32.
 
-    `matmul` None: the fastest exact product that this machine has for these shapes; the result does not depend on it.
+    `matmul` None: the fastest exact product that this machine has for these shapes; the result does not depend on it,
+    nor on autocast.
     Raises: ValueError where both sides have groups and not of one size.
     """
     if opaque(x.q) and matmul is None:

@@ -189,9 +189,6 @@ def fold_scales(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor) -> tuple[
 
 
 def _fold_into(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor, for_x: Tensor, for_w: Tensor) -> None:
-    if gpu.takes(grad, w_scale, x_scale):
-        gpu.kernels().fold_scales(grad, w_scale, x_scale, for_x, for_w)
-        return
     if _usable(grad, w_scale, x_scale) and grad.dtype in native.SUFFIX:
         name = f"fold_{native.SUFFIX[grad.dtype]}"
         one = c_int32(x_scale.numel() == 1 and grad.shape[0] != 1)
@@ -220,6 +217,18 @@ def _bf16_into(q: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def scaled_bf16(values: Tensor, scale: Tensor | None) -> Tensor:
+    """bfloat16 [R, N] of values [R, N] times a scale a row (None: 1), rounded once."""
+    return (values.float() if scale is None else values.float() * scale.reshape(-1, 1)).to(_BF16)
+
+
+def _scaled_pair(w: Tensor, w_scale: Tensor | None, x: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+    if gpu.takes(w, w_scale, x, x_scale):
+        pair: tuple[Tensor, Tensor] = gpu.kernels().scaled_bf16(w, w_scale, x, x_scale)
+        return pair
+    return scaled_bf16(w, w_scale), scaled_bf16(x, x_scale)
+
+
 def _products_like(
     grad: Tensor, factor: Tensor, w_scale: Tensor | None, x_q: Tensor, x_scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -234,9 +243,14 @@ def gradient_products(
     """(dx [T, N] in `dtype`, dw_hat [O, N] in bfloat16) of `grad` [T, O], multiplied in bfloat16.
 
     dx = (grad * w_scale) factor, dw_hat = (grad * x_scale)^T x_q. `factor` [O, N]: the weight's integers with `w_scale`
-    [O], or the dequantized weight with None. What lies between is in memory that the next call uses again.
+    [O], or the dequantized weight with None. What lies between is in memory that the next call uses again. Off the CPU
+    scales go into the other factor (`scaled_bf16`): integers are turned into bfloat16 in any case there.
     """
     device, (rows, out), columns = grad.device, grad.shape, x_q.shape[1]
+    if device.type != "cpu" or gpu.takes(grad):
+        w_hat, x_hat = _scaled_pair(factor, w_scale, x_q, x_scale)
+        grad = grad.to(_BF16)
+        return torch.mm(grad, w_hat).to(dtype), torch.mm(grad.t(), x_hat)
     for_x, for_w = (scratch(f"for {n}", s, _BF16, device) for n, s in (("x", (rows, out)), ("w", (out, rows))))
     _fold_into(grad.contiguous(), w_scale, x_scale, for_x, for_w)
     right = _bf16_into(factor, scratch("factor", factor.shape, _BF16, device))

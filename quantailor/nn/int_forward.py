@@ -5,15 +5,16 @@
 
 Backward is the linear layer's own, on the fake-quantized tensors: straight-through, as if the forward had multiplied
 them. `integer_linear` keeps only the input's int8 copy for it, a quarter of what a plain layer keeps, and makes the
-weight's anew. In bfloat16 (the default of training, `set_backward`) the integers are exact and the scales are folded
-into the gradient, which is rounded once, as autocast does; in float32 the gradients are those of the simulated layer to
-the order of adding. `integer_forward` is the general form, for inputs with columns in float or with groups.
+weight's anew; a GPU keeps both. In bfloat16 (the default of training, `set_backward`) the integers are exact and the
+scales are folded into the gradient, which is rounded once, as autocast does; a GPU rounds the other factor, times its
+scale, instead. In float32 the gradients are those of the simulated layer to the order of adding. `integer_forward` is
+the general form, for inputs with columns in float or with groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -62,9 +63,7 @@ class _IntegerForward(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_hat, w_hat)
         ctx.has_bias = bias is not None  # type: ignore[attr-defined]
-        dtype = output_dtype(x_hat)
-        with torch.autocast(x_hat.device.type, enabled=False):  # an integer sum is not to be rounded to bfloat16
-            return int_linear(x, weight, bias, product_in_use(), dtype)
+        return int_linear(x, weight, bias, product_in_use(), output_dtype(x_hat))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,28 +116,30 @@ class _IntegerLinear(torch.autograd.Function):
         size = passes.groups_of(weight.shape[1], grid.group_size)[0]
         w = weight.float()
         w_q = passes.quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
-        ctx.save_for_backward(weight, scale, x_q, x_scale, zero_point)  # type: ignore[arg-type]
+        kept = w_q if w_q.is_cuda and in_bf16 else None  # a byte a weight there, for half the bytes of backward's pass
+        ctx.save_for_backward(weight, scale, x_q, x_scale, zero_point, kept)  # type: ignore[arg-type]
         ctx.grid, ctx.size, ctx.in_bf16 = grid, size, in_bf16  # type: ignore[attr-defined]
         ctx.has_bias, ctx.x_dtype = bias is not None, x.dtype  # type: ignore[attr-defined]
         integers = IntegerWeight(w_q, scale, _shift(grid, zero_point, scale), grid.group_size)
-        dtype = output_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return int_linear(IntegerInput(x_q, x_scale), integers, bias, product_in_use(), dtype)
+        return int_linear(IntegerInput(x_q, x_scale), integers, bias, product_in_use(), output_dtype(x))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, x_q, x_scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+        weight, scale, x_q, x_scale, zero_point, w_q = ctx.saved_tensors  # type: ignore[attr-defined]
         grid, size = ctx.grid, ctx.size  # type: ignore[attr-defined]
         need_x, need_w, need_s, need_b = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
         grad = grad_outputs[0].reshape(-1, weight.shape[0])
         grad_bias = grad.sum(0, dtype=torch.float32) if ctx.has_bias and need_b else None  # type: ignore[attr-defined]
         w = weight.float()
-        w_q = passes.quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
+        if w_q is None:
+            w_q = passes.quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
         rows = x_q.reshape(-1, x_q.shape[-1])
         needed = (need_x, need_w or need_s)  # a frozen layer needs no product for its weight, the lowest one none for x
         grad_x: Tensor | None = None
         grad_w: Tensor | None = None
-        with torch.autocast(grad.device.type, enabled=False):
+        kind = grad.device.type
+        exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with exact:
             if ctx.in_bf16:  # type: ignore[attr-defined]
                 parts = (grad, w_q, scale, zero_point, rows, x_scale, grid, ctx.x_dtype)  # type: ignore[attr-defined]
                 grad_x, grad_w = (_products_bf16 if all(needed) else _one_product_bf16)(*parts, needed)
@@ -176,7 +177,8 @@ def _products_bf16(
     needed: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
     """(dx [T, N] in `dtype`, dw_hat [O, N] in bfloat16). Integers up to 256 are exact in bfloat16, so only the gradient
-    is rounded; the weight of a grouped or shifted grid is rounded as well, as autocast would."""
+    is rounded; the weight of a grouped or shifted grid is rounded as well, as autocast would. On a GPU, whose integers
+    have to be turned into bfloat16 first, scales are multiplied into them instead: no pass over the gradient."""
     factor, w_scale = _factor(w_q, scale, zero_point, grid)
     products: tuple[Tensor, Tensor] = passes.gradient_products(grad, factor, w_scale, x_q, x_scale.reshape(-1), dtype)
     return products
@@ -195,6 +197,11 @@ def _one_product_bf16(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`_products_bf16` where only one of the two is asked for (or none), to the same bits."""
     grad_x = grad_w = None
+    if grad.device.type != "cpu":  # scales go into the other factor there
+        grad = grad.to(torch.bfloat16)
+        if needed[0]:
+            grad_x = (grad @ passes.scaled_bf16(*_factor(w_q, scale, zero_point, grid))).to(dtype)
+        return grad_x, grad.t() @ passes.scaled_bf16(x_q, x_scale) if needed[1] else None
     if needed[0]:
         factor, w_scale = _factor(w_q, scale, zero_point, grid)
         folded = grad.float() if w_scale is None else grad.float() * w_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import tempfile
@@ -47,6 +48,9 @@ from quantailor.qat.watch import Watch
 from quantailor.store.work import Work
 
 Validate = Callable[[nn.Module], Score]
+_OPTIONS = {field.name for field in dataclasses.fields(TrainingArguments)}
+# Its name, and the one that it has in the oldest transformers that we take.
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _OPTIONS else "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
@@ -396,7 +400,7 @@ def _arguments(folder: str, settings: Settings, learning_rate: float) -> Trainin
         "warmup_steps": round(settings.warmup * settings.steps),
         "max_grad_norm": settings.max_grad_norm,
         "bf16": settings.precision == "bfloat16",
-        "activation_checkpointing": settings.gradient_checkpointing,
+        _CHECKPOINTING: settings.gradient_checkpointing,
         "seed": settings.seed,
         "data_seed": settings.seed,
         "logging_strategy": "no",

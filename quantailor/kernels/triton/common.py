@@ -1,6 +1,8 @@
 """What several kernels need: rounding as torch rounds, and a launch on the tensors' own device."""
 
 import contextlib
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import triton
@@ -30,3 +32,18 @@ def clamped(v, low, high):
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Within: launches go to the GPU that `x` is on (Triton takes the current one)."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+_fastest: dict[Hashable, triton.Config] = {}
+
+
+def launch(kernel: Any, alike: Hashable, grid: Grid, *args: Any, **named: Any) -> None:
+    """Launch an autotuned kernel. `alike`: what its choice of a block depends on, so that the tuner, whose own look-up
+    takes as long as a launch, is asked once."""
+    known = _fastest.get((kernel, alike))
+    if known is None:
+        kernel[grid](*args, **named)
+        _fastest[kernel, alike] = kernel.best_config
+    else:
+        kernel.fn[grid](*args, **named, **known.all_kwargs())

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantailor.kernels.triton.common import INTERPRETED, device_of
+from quantailor.kernels.triton.common import INTERPRETED, device_of, launch
 
 _ROWS = 4  # at a time; beyond, the weights are read again, from the second cache
 
@@ -21,6 +21,7 @@ def _config(out: int, words: int, warps: int) -> triton.Config:
 
 
 CONFIGS = [_config(out, words, warps) for out in (1, 2, 4, 8) for words, warps in ((32, 1), (64, 1), (64, 2), (128, 4))]
+CONFIGS += [_config(1, 128, 2), _config(2, 128, 2), _config(1, 256, 4), _config(1, 512, 4)]  # a row in few steps
 
 
 def _worth_trying(configs: list[triton.Config], named: dict, **more: object) -> list[triton.Config]:
@@ -121,8 +122,10 @@ def decode_linear(
         return y
     with device_of(x):
         together = min(_ROWS, triton.next_power_of_2(rows))
-        _decode_linear[lambda meta: (triton.cdiv(out, meta["BLOCK_O"]), triton.cdiv(rows, together))](
-            *(x, data.contiguous(), scale.contiguous(), None if zero_point is None else zero_point.contiguous()),
+        launch(
+            *(_decode_linear, (out, length, group_size, together, bits, x.dtype, data.dtype, zero_point is None)),
+            *(lambda meta: (triton.cdiv(out, meta["BLOCK_O"]), triton.cdiv(rows, together)), x),
+            *(data.contiguous(), scale.contiguous(), None if zero_point is None else zero_point.contiguous()),
             *(None if bias is None else bias.contiguous(), y, rows, out, length, triton.cdiv(length, fields)),
             *(groups, length if groups == 1 else group_size, 0 if one_scale else groups, float(move)),
             ROWS=together, BITS=bits, FIELDS=fields, SIGNED=data.dtype == torch.int8,

@@ -10,40 +10,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantailor.kernels.triton.common import INTERPRETED, SAME_BITS, device_of
+from quantailor.kernels.triton.common import INTERPRETED, SAME_BITS, device_of, launch
 from quantailor.numerics.grouping import num_groups
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 _BAND = tl.constexpr(8)  # blocks of rows that take turns with one block of weights, while it lies in the second cache
 
 
-def _config(rows: int, out: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"BLOCK_T": rows, "BLOCK_O": out}, num_warps=warps, num_stages=stages)
+def _config(rows: int, out: int, length: int, warps: int, stages: int) -> triton.Config:
+    return triton.Config({"BLOCK_T": rows, "BLOCK_O": out, "LONGEST": length}, num_warps=warps, num_stages=stages)
 
 
 CONFIGS = [
-    _config(16, 64, 4, 4),
-    _config(16, 128, 4, 4),
-    _config(32, 128, 4, 4),
-    _config(64, 64, 4, 4),
-    _config(64, 128, 4, 4),
-    _config(128, 128, 4, 3),
-    _config(128, 128, 8, 4),
-    _config(128, 256, 8, 3),
-    _config(256, 128, 8, 3),
+    _config(16, 64, 128, 4, 4),
+    _config(16, 128, 128, 4, 4),
+    _config(32, 128, 128, 4, 4),
+    _config(64, 64, 128, 4, 4),
+    _config(64, 128, 128, 4, 4),
+    _config(128, 128, 128, 4, 3),
+    _config(128, 128, 64, 4, 6),
+    _config(128, 128, 128, 8, 4),
+    _config(128, 256, 128, 8, 3),
+    _config(256, 128, 128, 8, 3),
 ]
 
 
-def _worth_trying(configs: list[triton.Config], named: dict, **_: object) -> list[triton.Config]:
+def _worth_trying(configs: list[triton.Config], named: dict, **more: object) -> list[triton.Config]:
     """Blocks of about as many rows as there are: tall ones for few rows would only multiply zeros. With groups each
     result takes two registers, a sum of integers and one of floats: 64 results a thread are the most without spilling.
     """
     rows, most = named["tuned_rows"], 128 if named["groups"] == 1 else 64
 
-    def is_fit(tall: int, wide: int, warps: int) -> bool:
-        return tall <= max(16, rows) and (rows < 256 or tall >= 64) and tall * wide <= most * 32 * warps
+    def is_fit(config: triton.Config) -> bool:
+        tall, wide, long = (config.kwargs[name] for name in ("BLOCK_T", "BLOCK_O", "LONGEST"))
+        fits = tall <= max(16, rows) and (rows < 256 or tall >= 64) and tall * wide <= most * 32 * config.num_warps
+        return fits and (long == 128 or more["BLOCK_N"] == 128)
 
-    return [c for c in configs if is_fit(c.kwargs["BLOCK_T"], c.kwargs["BLOCK_O"], c.num_warps)]
+    return [config for config in configs if is_fit(config)]
 
 
 @triton.autotune(
@@ -56,23 +59,24 @@ def _worth_trying(configs: list[triton.Config], named: dict, **_: object) -> lis
 def _int_linear(
     x_q, x_scale, w_q, w_scale, shift, floats, bias, y,
     rows, out, length, groups, size, x_row, w_row, tuned_rows,
-    X_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    X_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
+    BLOCK: tl.constexpr = min(BLOCK_N, LONGEST)
     t_blocks, o_blocks = tl.cdiv(rows, BLOCK_T), tl.cdiv(out, BLOCK_O)
     turn = tl.program_id(0)
     t_block, o_block = tl.swizzle2d(turn // o_blocks, turn % o_blocks, t_blocks, o_blocks, _BAND)
     t = (t_block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     o = (o_block * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
-    columns = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK)
     x_at, w_at = x_q + t[:, None] * length, w_q + o[None, :] * length
     total = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
     for group in range(groups):
         stop = tl.minimum(group * size + size, length)
         sums = tl.zeros([BLOCK_T, BLOCK_O], tl.int32)
         x_sum = tl.zeros([BLOCK_T], tl.int32)
-        for step in range(STEPS):
-            n = group * size + step * BLOCK_N + columns
+        for start in range(0, size, BLOCK):
+            n = group * size + start + columns
             t_here, o_here = (t < rows)[:, None], (o < out)[None, :]
             if not EVEN:
                 t_here, o_here = t_here & (n < stop)[None, :], o_here & (n < stop)[:, None]
@@ -125,13 +129,16 @@ def int_linear(
         w_scale, shift = (value.contiguous() for value in torch.broadcast_tensors(w_scale, shift))
     block = min(128, max(32, triton.next_power_of_2(size)))  # 32 is the least that tensor cores take of int8
     sides = (x_q.contiguous(), x_scale.contiguous(), w_q.contiguous(), w_scale.contiguous(), shift)
+    counts = (rows, out, length, num_groups(length, size), size)
+    steps = (0 if scale.shape[0] == 1 else scale.shape[1] for scale in (x_scale, w_scale))
+    given = (shift is None, floats is None, bias is None, x_group_size is None, y.dtype)
+    alike = triton.next_power_of_2(rows)
     with device_of(x_q):
-        _int_linear[lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(out, meta["BLOCK_O"]),)](
-            *(*sides, floats, None if bias is None else bias.contiguous(), y),
-            *(rows, out, length, num_groups(length, size), size),
-            *(0 if scale.shape[0] == 1 else scale.shape[1] for scale in (x_scale, w_scale)),
-            triton.next_power_of_2(rows),
+        launch(
+            *(_int_linear, (alike, out, length, size, given)),
+            lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(out, meta["BLOCK_O"]),),
+            *(*sides, floats, None if bias is None else bias.contiguous(), y, *counts, *steps, alike),
             X_GROUPS=x_group_size is not None, W_GROUPS=w_group_size is not None,
-            EVEN=size % block == 0 and length % size == 0, STEPS=triton.cdiv(size, block), BLOCK_N=block, **SAME_BITS,
+            EVEN=size % block == 0 and length % size == 0, BLOCK_N=block, **SAME_BITS,
         )  # fmt: skip
     return y.to(dtype)

@@ -7,19 +7,19 @@ import torch
 
 from quantailor.kernels.triton.decode import decode_linear
 from quantailor.kernels.triton.fake_quantize import fake_quantize_weight, quantize_weight
-from quantailor.kernels.triton.fold_scales import fold_scales
 from quantailor.kernels.triton.lsq_backward import lsq_backward
 from quantailor.kernels.triton.product import int_linear, told
 from quantailor.kernels.triton.quantize_tokens import quantize_tokens
+from quantailor.kernels.triton.scaled_bf16 import scaled_bf16
 
 __all__ = [
     "decode_linear",
     "fake_quantize_weight",
-    "fold_scales",
     "int_linear",
     "lsq_backward",
     "quantize_tokens",
     "quantize_weight",
+    "scaled_bf16",
     "told",
     "try_out",
 ]

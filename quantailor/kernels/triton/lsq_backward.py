@@ -59,7 +59,7 @@ def lsq_backward(
     """
     w, grad, scale = w.contiguous(), grad.contiguous(), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
-    grad_w, grad_scale = torch.empty_like(w), torch.zeros_like(scale)
+    grad_w, grad_scale = torch.empty_like(w), torch.empty_like(scale)
     (out, length), (many, block) = w.shape, tile_of(group_size)
     groups = num_groups(length, group_size)
     numbers = (float(v) for v in (offset, stretch, g, qmin, qmax))
@@ -69,4 +69,6 @@ def lsq_backward(
                 *(w, grad, scale, zero_point, grad_w, grad_scale, out * groups, groups, group_size, length, *numbers),
                 MANY=many, BLOCK=block, **SAME_BITS,
             )  # fmt: skip
+    else:
+        grad_scale.zero_()
     return grad_w, grad_scale

@@ -16,6 +16,7 @@ from tests.kernels.triton.where import device_of_tests
 from tests.nn.layers import linear, quantized
 
 DEVICE = device_of_tests()
+from quantailor.kernels.triton import common  # noqa: E402
 from quantailor.kernels.triton import decode as subject  # noqa: E402
 
 KINDS = [(b, k) for b in (1, 2, 4, 8) for k in ("moved", "zero points")] + [(8, "signed")]
@@ -77,6 +78,7 @@ def test_small_integers_give_exact_sums():
 @pytest.mark.skipif(DEVICE == "cuda", reason="the autotuner tries them all there")
 @pytest.mark.parametrize("config", subject.CONFIGS[::5], ids=str)  # each number of rows, each of words
 def test_blocks_of_all_kinds_give_the_product(config, monkeypatch):
+    monkeypatch.setattr(common, "_fastest", {})
     monkeypatch.setattr(subject._decode_linear, "configs", [config])
     for bits, kind in ((4, "zero points"), (8, "signed")):
         u, weight = drawn(bits, 580, 9, 32, kind)

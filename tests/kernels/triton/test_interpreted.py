@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from quantailor.kernels.triton import library as gpu
-from tests.kernels.triton.where import HAS_TRITON, INSTALL
+from tests.kernels.triton.where import HAS_GPU, HAS_TRITON, INSTALL
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason=INSTALL),
     pytest.mark.skipif(gpu.interprets(), reason="this is that process"),
+    pytest.mark.skipif(HAS_GPU, reason="the files beside this one run on the GPU that is here"),
 ]
 
 

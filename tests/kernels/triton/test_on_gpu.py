@@ -1,5 +1,5 @@
 """What only a GPU can show: the machine code's results at the sizes of real layers, the autotuner, torch.compile, and
-that the packed layers take the kernels. Nothing here has run yet; no machine of this project has a GPU."""
+that the packed layers take the kernels."""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ from tests.kernels.test_passes import oracle_lsq, weight
 from tests.kernels.triton.where import device_of_tests
 
 DEVICE = device_of_tests()
-from quantailor.kernels.triton import common, fake_quantize, fold_scales, lsq_backward, quantize_tokens  # noqa: E402, F401
+from quantailor.kernels.triton import common, fake_quantize, lsq_backward, quantize_tokens, scaled_bf16  # noqa: E402, F401
 
 
 def there(*values):
@@ -48,15 +48,27 @@ def test_weights_of_many_tiles(shape, symmetric):
     torch.testing.assert_close(found_scale.cpu(), grad_scale, **close)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "out"), [(1, 1), (63, 130), (64, 64), (130, 65)])
-def test_folding_across_blocks(rows, out, dtype):
-    grad, w_scale, x_scale = torch.randn(rows, out).to(dtype), torch.rand(out), torch.rand(rows)
-    for scale in (w_scale, None):
-        for_x, for_w = passes.fold_scales(*there(grad, scale, x_scale))
-        values = grad.float()
-        assert torch.equal(for_x.cpu(), (values if scale is None else values * scale).bfloat16())
-        assert torch.equal(for_w.cpu(), (values * x_scale[:, None]).bfloat16().t()) and for_w.is_contiguous()
+@pytest.mark.parametrize(("out", "rows", "length"), [(3, 2, 1), (1, 5, 130), (6, 1, 4097), (2, 3, 9000)])
+@pytest.mark.parametrize("one", [True, False])
+def test_two_matrices_are_scaled_in_one_launch(out, rows, length, one):
+    w, x = (torch.randint(-128, 128, (n, length), dtype=torch.int8) for n in (out, rows))
+    w_scale, x_scale = torch.rand(out), torch.rand(1 if one else rows)
+    for factor, scale in ((w, w_scale), (w * 0.37, None)):
+        found = scaled_bf16.scaled_bf16(*there(factor, scale, x, x_scale))
+        expected = passes.scaled_bf16(factor, scale), passes.scaled_bf16(x, x_scale)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_products_are_those_of_what_was_multiplied(dtype):
+    grad, w, x = torch.randn(9, 24), torch.randint(-128, 128, (24, 40)).char(), torch.randint(-128, 128, (9, 40)).char()
+    w_scale, x_scale = torch.rand(24), torch.rand(9)
+    grad_x, grad_w = passes.gradient_products(*there(grad.to(dtype), w, w_scale, x, x_scale), dtype)
+    exact_x = grad.double() @ (w * w_scale.double()[:, None])
+    exact_w = grad.double().t() @ (x * x_scale.double()[:, None])
+    assert grad_x.dtype == dtype and grad_w.dtype == torch.bfloat16
+    for found, exact in ((grad_x, exact_x), (grad_w, exact_w)):
+        assert (found.cpu().double() - exact).norm() < 2**-8 * exact.norm()
 
 
 def test_ties_round_to_even_and_what_is_not_finite_stays_so():

@@ -50,12 +50,12 @@ def test_a_step_of_a_weight_alone():
     torch.testing.assert_close(leaves[1].grad.cpu(), plain[1].grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fold_scales", "int_linear"])
+@pytest.mark.parametrize("name", ["gradient_products", "int_linear"])
 def test_compilers_see_one_operator(name):
     """Schema and fake results agree with the kernels' (torch.library.opcheck); the others' are in ../test_passes.py."""
     q, scale = torch.ones(6, 40, dtype=torch.int8), torch.rand(6, 3) + 0.1
     arguments = {
-        "fold_scales": (torch.randn(6, 40), torch.rand(40), torch.rand(6)),
+        "gradient_products": (torch.randn(6, 5), q[:5], torch.rand(5), q, torch.rand(6), torch.bfloat16),
         "int_linear": (q[:3], torch.ones(3, 1), None, None, None, q, scale, None, 16, torch.rand(6), torch.bfloat16),
     }[name]
     moved = [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in arguments]
