@@ -96,7 +96,7 @@ def quantize_weight(
     w: Tensor, scale: Tensor, zero_point: Tensor | None, offset: float, qmin: int, qmax: int, group_size: int
 ) -> Tensor:
     """numerics.grids.encode of a uniform grid that fits int8: w float32 [O, N] -> q int8 [O, N]."""
-    w = w.detach().contiguous()
+    w, scale = w.detach().contiguous(), scale.float()  # of a model in bfloat16 it is not float32
     if gpu.takes(w, scale, zero_point):
         return gpu.kernels().quantize_weight(w, scale, zero_point, offset, qmin, qmax, group_size)
     if not _usable(w, scale, zero_point):
@@ -119,7 +119,7 @@ def fake_quantize_weight(
     w: Tensor, scale: Tensor, zero_point: Tensor | None, offset: float, qmin: int, qmax: int, group_size: int
 ) -> Tensor:
     """`quantize_weight` and back, float32 [O, N]: numerics.lsq forwards."""
-    w = w.detach().contiguous()
+    w, scale = w.detach().contiguous(), scale.float()  # of a model in bfloat16 it is not float32
     if gpu.takes(w, scale, zero_point):
         return gpu.kernels().fake_quantize_weight(w, scale, zero_point, offset, qmin, qmax, group_size)
     if not _usable(w, scale, zero_point):
@@ -152,7 +152,7 @@ def lsq_backward(
 ) -> tuple[Tensor, Tensor]:
     """numerics.lsq backwards: `grad` [O, N] of the dequantized weight -> (of the weight float32 [O, N], of the scale
     [O, G])."""
-    w, grad = w.detach().contiguous(), grad.contiguous()
+    w, grad, scale = w.detach().contiguous(), grad.contiguous(), scale.float()
     if gpu.takes(w, grad, scale, zero_point):
         grid = (scale, zero_point, offset, stretch, g, qmin, qmax, group_size)
         return gpu.kernels().lsq_backward(w, grad, *grid)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantailor.errors import UsageError
 from quantailor.kernels.ops import has_integer_product
 from quantailor.nn.activation_quantizer import ActivationQuantizer
-from quantailor.nn.int_forward import integer_forward, integer_linear
+from quantailor.nn.int_forward import integer_forward, integer_linear, simulated_linear
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.spec import QuantSpec, Scheme, why_not_convolution
 
@@ -87,16 +87,29 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         return FakeQuantLinear(linear.train(source.training), scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._on_integers:
-            x_hat, w_hat = self._in(x), self.fake_weight()
-            return self._out(F.linear(x_hat, w_hat.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)))
+        return self._out(self._integer_product(x) if self._on_integers else self._simulated(self._in(x)))
+
+    def _simulated(self, x_hat: Tensor) -> Tensor:
+        w = self.weight_quantizer
+        if self._in_one_step and w is not None and w.grid is not None:
+            return simulated_linear(x_hat, self.weight, w.scale_OG, w.zero_point_OG, self.bias, w.grid)
+        bias = None if self.bias is None else self.bias.to(x_hat.dtype)
+        return F.linear(x_hat, self.fake_weight().to(x_hat.dtype), bias)
+
+    def _integer_product(self, x: Tensor) -> Tensor:
         a, w = self.input_quantizer, self.weight_quantizer
         assert a is not None and w is not None and w.grid is not None
         integers = a.integers(x)
         if integers.columns is None and integers.group_size is None:
             parts = (self.weight, w.scale_OG, self.bias, integers, w.zero_point_OG, w.grid, self.backward_in_bf16)
-            return self._out(integer_linear(a.carrier(x), *parts))
-        return self._out(integer_forward(a(x), self.fake_weight(), self.bias, integers, w.integer_weight(self.weight)))
+            return integer_linear(a.carrier(x), *parts)
+        return integer_forward(a(x), self.fake_weight(), self.bias, integers, w.integer_weight(self.weight))
+
+    @property
+    def _in_one_step(self) -> bool:
+        """Whether the weight stands on its grid by LSQ's own quantizer (no stand-in of qat/quantizers.py), undiluted."""
+        w = self.weight_quantizer
+        return type(w) is WeightQuantizer and w.enabled and not (self.training and self.share < 1)
 
     @property
     def _on_integers(self) -> bool:

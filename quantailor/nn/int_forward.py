@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
@@ -151,9 +152,7 @@ class _IntegerLinear(torch.autograd.Function):
                     grad_w = grad.float().t() @ (rows * x_scale.reshape(-1, 1))
             grads: tuple[Tensor | None, Tensor | None] = (None, None)
             if grad_w is not None:
-                numbers = (grid.offset, grid.stretch, grid.g, grid.qmin, grid.qmax, size)
-                grad_weight, grad_scale = passes.lsq_backward(w, grad_w, scale, zero_point, *numbers)
-                grads = (grad_weight.to(weight.dtype), grad_scale)
+                grads = _lsq_backward(weight, grad_w, scale, zero_point, grid)
         of_x = None if grad_x is None else grad_x.to(ctx.x_dtype).reshape(x_q.shape)  # type: ignore[attr-defined]
         return of_x, *grads, grad_bias, None, None, None, None, None
 
@@ -247,25 +246,82 @@ def set_backward(model: nn.Module, dtype: torch.dtype) -> None:
             module.backward_in_bf16 = dtype == torch.bfloat16  # type: ignore[assignment]
 
 
+class _SimulatedLinear(torch.autograd.Function):
+    """F.linear with `fake_quantized_weight`, made again for backward: kept, it would take as much memory as the weight
+    itself, and one pass is cheap beside a product."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        grid: WeightGrid,
+    ) -> Tensor:
+        dtype = output_dtype(x)
+        ctx.x_dtype, ctx.has_bias, ctx.grid = x.dtype, bias is not None, grid  # type: ignore[attr-defined]
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight, scale, zero_point)  # type: ignore[arg-type]
+        w_hat = _weight_on_grid(weight, scale, zero_point, grid)
+        return F.linear(x, w_hat.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+        grid: WeightGrid = ctx.grid  # type: ignore[attr-defined]
+        need_x, need_w, need_s, _, need_b = ctx.needs_input_grad[:5]  # type: ignore[attr-defined]
+        grad = grad_outputs[0].reshape(-1, weight.shape[0])
+        grad_x = grad_weight = grad_scale = None
+        if need_x:
+            w_hat = _weight_on_grid(weight, scale, zero_point, grid).to(x.dtype)
+            grad_x = (grad @ w_hat).to(ctx.x_dtype).reshape(x.shape)  # type: ignore[attr-defined]
+        if need_w or need_s:
+            of_w_hat = grad.t() @ x.reshape(-1, x.shape[-1])
+            grad_weight, grad_scale = _lsq_backward(weight, of_w_hat, scale, zero_point, grid)
+        grad_bias = grad.sum(0) if ctx.has_bias and need_b else None  # type: ignore[attr-defined]
+        return grad_x, grad_weight, grad_scale, None, grad_bias, None
+
+
+def simulated_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, grid: WeightGrid
+) -> Tensor:
+    """y [..., O] = x [..., N] times `weight` [O, N] on the grid of `scale` [O, G], in x's or autocast's type, by LSQ's
+    gradients: the bits of F.linear with `fake_quantized_weight`. x and the weight are kept for backward."""
+    return _SimulatedLinear.apply(x, weight, scale, zero_point, bias, grid)
+
+
+def _weight_on_grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> Tensor:
+    size = passes.groups_of(weight.shape[1], grid.group_size)[0]
+    numbers = (grid.offset, grid.qmin, grid.qmax, size)
+    w_hat: Tensor = passes.fake_quantize_weight(weight.float(), scale, zero_point, *numbers)
+    return w_hat.to(weight.dtype)
+
+
+def _lsq_backward(
+    weight: Tensor, grad: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid
+) -> tuple[Tensor, Tensor]:
+    """(of the weight, of its scale), of the gradient `grad` [O, N] of the weight on its grid."""
+    size = passes.groups_of(weight.shape[1], grid.group_size)[0]
+    numbers = (grid.offset, grid.stretch, grid.g, grid.qmin, grid.qmax, size)
+    grad_w, grad_scale = passes.lsq_backward(weight.float(), grad, scale, zero_point, *numbers)
+    return grad_w.to(weight.dtype), grad_scale
+
+
 class _FakeQuantizedWeight(torch.autograd.Function):
     """numerics.lsq in one pass each way; only the weight itself and its scale are kept for backward."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> Tensor:
-        size = passes.groups_of(weight.shape[1], grid.group_size)[0]
         ctx.save_for_backward(weight, scale, zero_point)  # type: ignore[arg-type]
-        ctx.grid, ctx.size = grid, size  # type: ignore[attr-defined]
-        numbers = (grid.offset, grid.qmin, grid.qmax, size)
-        w_hat: Tensor = passes.fake_quantize_weight(weight.float(), scale, zero_point, *numbers)
-        return w_hat.to(weight.dtype)
+        ctx.grid = grid  # type: ignore[attr-defined]
+        return _weight_on_grid(weight, scale, zero_point, grid)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
-        grid, size = ctx.grid, ctx.size  # type: ignore[attr-defined]
-        numbers = (grid.offset, grid.stretch, grid.g, grid.qmin, grid.qmax, size)
-        grad_w, grad_scale = passes.lsq_backward(weight.float(), grad_outputs[0], scale, zero_point, *numbers)
-        return grad_w.to(weight.dtype), grad_scale, None, None
+        return *_lsq_backward(weight, grad_outputs[0], scale, zero_point, ctx.grid), None, None  # type: ignore[attr-defined]
 
 
 def fake_quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> Tensor:

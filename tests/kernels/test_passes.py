@@ -184,3 +184,14 @@ def test_a_later_call_does_not_touch_an_earlier_result():
         before = [t.clone() for t in first]
         passes.gradient_products(torch.randn(5, 6), *arguments, *rest, dtype)
         assert all(torch.equal(a, b) for a, b in zip(first, before))
+
+
+def test_a_scale_in_half_precision_is_the_number_that_it_is():
+    """That of a model turned into bfloat16 as a whole: native code reads float32."""
+    w, scale, grad = torch.randn(6, 40), (torch.rand(6, 1) + 0.1).bfloat16(), torch.randn(6, 40)
+    numbers = (None, 0.0, -8, 7, 40)
+    for one in (passes.quantize_weight, passes.fake_quantize_weight):
+        assert torch.equal(one(w, scale, *numbers), one(w, scale.float(), *numbers))
+    rest = (None, 0.0, 0.5, 0.1, -8, 7, 40)
+    pairs = zip(passes.lsq_backward(w, grad, scale, *rest), passes.lsq_backward(w, grad, scale.float(), *rest))
+    assert all(torch.equal(a, b) for a, b in pairs)
