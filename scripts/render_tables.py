@@ -178,23 +178,39 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
+STEPS = (("qat_step", "AMX"), ("qat_step_bert_avx2", "AVX2"), ("qat_step_llama_avx2", "AVX2"))
+
+
 def step_table() -> str:
     """A training step beside the plain float step of the same rounds."""
-    head = "| model | step | seconds | of the plain step | of the plain bf16 step | peak memory of plain |"
-    lines = [head, "|---|---|---:|---:|---:|---:|"]
-    for model, found in read("qat_step")["models"].items():
-        for name, row in found["rows"].items():
-            if "error" in row:
-                lines.append(f"| {model} | {name} | could not run: {row['error']} | – | – | – |")
-                continue
-            cells = []
-            for base, part in (("plain", "step"), ("plain, bf16", "step"), ("plain", "peak_bytes")):
-                span = row["against"][base][part]
-                cells.append(f"{span['median']:.2f} ({span['min']:.2f} to {span['max']:.2f})")
-            bold = "**" if name.startswith("ours") else ""
-            shown = name.replace("ours", "quantailor")
-            seconds = row["seconds"]["step"]["median"]
-            lines.append(f"| {model} | {bold}{shown}{bold} | {seconds:.2f} | " + " | ".join(cells) + " |")
+    bases = {
+        "the plain step": "plain",
+        "the plain bf16 step": "plain, bf16",
+        "the plain compiled step": "plain, compiled",
+    }
+    head = (
+        "| model, processor | step | seconds | "
+        + " | ".join(f"of {base}" for base in bases)
+        + " | peak memory of plain |"
+    )
+    lines = [head, "|---|---|---:|" + "---:|" * (len(bases) + 1)]
+    wanted = [(base, "step") for base in bases.values()] + [("plain", "peak_bytes")]
+    for file, processor in STEPS:
+        for model, found in read(file)["models"].items():
+            for name, row in found["rows"].items():
+                place = f"{model}, {processor}"
+                if "error" in row:
+                    lines.append(f"| {place} | {name} | could not run: {row['error']} |" + " – |" * len(wanted))
+                    continue
+                cells = []
+                for base, part in wanted:
+                    span = row["against"].get(base, {}).get(part)
+                    told = span and f"{span['median']:.2f} ({span['min']:.2f} to {span['max']:.2f})"
+                    cells.append(told or "–")
+                bold = "**" if name.startswith("ours") else ""
+                shown = name.replace("ours", "quantailor")
+                seconds = row["seconds"]["step"]["median"]
+                lines.append(f"| {place} | {bold}{shown}{bold} | {seconds:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
