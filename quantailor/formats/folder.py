@@ -31,6 +31,7 @@ from quantailor.models.loading import (
     CONFIG_ERRORS,
     Task,
     check_shapes,
+    device_of,
     load_reader,
     quiet_transformers,
     task_of,
@@ -164,13 +165,17 @@ def _report(state: State, entry: Entry) -> dict[str, Any]:
 
 @torch.no_grad()
 def last_logits(model: nn.Module, probe: Mapping[str, Tensor], positions: int = 4) -> Tensor:
-    """Logits float32 of the last few positions (all of a classifier's): enough to compare, small enough to keep."""
-    was_training = model.training
-    model.eval()
-    device = next(iter(model.buffers())).device
-    logits = logits_of(model(**{k: v.to(device) for k, v in probe.items()}))
-    model.train(was_training)
-    return last_of(logits, positions)
+    """Logits float32 of the last few positions (all of a classifier's): enough to compare, small enough to keep.
+
+    Computed on the CPU, as `check` does, wherever the model is: a last bit that another device rounds otherwise is a
+    whole step of the next layer's grid.
+    """
+    was_training, device = model.training, device_of(model)
+    model.eval().to("cpu")
+    try:
+        return last_of(logits_of(model(**probe)), positions)
+    finally:
+        model.train(was_training).to(device)
 
 
 def last_of(logits: Tensor, positions: int = 4) -> Tensor:
