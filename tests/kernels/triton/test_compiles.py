@@ -14,11 +14,14 @@ if HAS_GPU:
 if gpu.interprets():
     pytest.skip("nothing is compiled in the interpreter's process", allow_module_level=True)
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from quantailor.kernels.triton import decode, int_linear, kernels, product
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 class Absent:
@@ -91,7 +94,7 @@ def test_decode(compiled, bits, zeros):
     ((_, code),) = compiled
     ptx = code.asm["ptx"]
     assert "cvt.rn.f32.s32" not in ptx and "cvt.rn.f32.u32" not in ptx, "fields are converted by the few units for it"
-    if bits == 4:  # inputs and weights meet in the registers of one thread
+    if bits == 4 and VERSION >= (3, 7):  # inputs and weights meet in one thread's registers; 3.6 takes shared memory
         assert code.metadata.shared <= 64 and "bar.sync" not in ptx
 
 
