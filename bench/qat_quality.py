@@ -287,6 +287,8 @@ def main() -> None:
                     result = bench.measure(model, bits, seed, way)
                     if result is not None:
                         ways.setdefault(way, {})[seed] = result
+            if not ways.keys() - {"float"}:  # nothing of these bits was run
+                continue
             rows = summary(ways)
             print(printed(f"{model} W{bits} g32", rows), flush=True)
             cases.append({"model": model, "bits": bits, "rows": rows})
