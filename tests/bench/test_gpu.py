@@ -47,13 +47,16 @@ def test_contestants_take_turns(bench, monkeypatch):
 
 def test_every_contestant_runs(bench, monkeypatch, capsys):
     """On a CPU, in small: all but the recording of a graph is the code that a GPU gets."""
-    small = {"DEVICE": "cpu", "WIDE": 256, "ROWS": (8, 24), "no_gpu": lambda: "", "as_graph": lambda run: run}
-    for name, value in (small | {"seconds": lambda run, calls: run() is None or 1.0}).items():
+    small = {"DEVICE": "cpu", "WIDE": 256, "ROWS": (8, 24), "TOKENS": (16, 32), "no_gpu": lambda: ""}
+    alike = {"as_graph": lambda run: run, "seconds": lambda run, calls: run() is None or 1.0}
+    for name, value in (small | alike).items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rounds", "1"])
     bench.main()
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    measured = {"step", "int8, 8 rows", "int8, 24 rows", "decode", "decode, launched one by one"}
+    measured = {"step, 16 tokens", "step, 32 tokens"}
+    for name in ("int8, 8 rows", "int8, 24 rows", "decode"):
+        measured |= {name, f"{name}, launched one by one"}
     assert set(document["results"]) | set(document["not_measured"]) == measured
-    assert document["results"]["step"]["met"] and not document["results"]["int8, 8 rows"]["met"]
+    assert document["results"]["step, 32 tokens"]["met"] and not document["results"]["int8, 8 rows"]["met"]
     assert all(set(row["ms"]) >= {"bf16"} for row in document["results"].values())

@@ -165,12 +165,18 @@ def test_compilers_see_one_operator(name):
 @pytest.mark.parametrize("one", [True, False])
 @pytest.mark.parametrize(("rows", "length", "out"), [(1, 1, 1), (40, 33, 17), (64, 96, 128)])
 def test_gradient_products_are_those_of_the_folded_gradient(rows, length, out, one, dtype):
+    """Off the CPU the other factors have the scales."""
     torch.manual_seed(0)
     grad, w_scale, x_scale = torch.randn(rows, out), torch.rand(out), torch.rand(1 if one else rows)
     w_q = torch.randint(-128, 128, (out, length), dtype=torch.int8)
     x_q = torch.randint(-128, 128, (rows, length), dtype=torch.int8)
     for factor, scale in ((w_q, w_scale), (w_q * 0.3, None)):
         grad_x, grad_w = passes.gradient_products(grad, factor, scale, x_q, x_scale, dtype)
+        if gpu.interprets():
+            w_hat, x_hat = (factor if scale is None else factor * scale[:, None]).bfloat16(), (x_q * x_scale[:, None])
+            assert torch.equal(grad_x, (grad.bfloat16() @ w_hat).to(dtype))
+            assert torch.equal(grad_w, grad.bfloat16().t() @ x_hat.bfloat16())
+            continue
         for_x = (grad if scale is None else grad * scale).bfloat16()
         assert torch.equal(grad_x, (for_x @ factor.bfloat16()).to(dtype))
         assert torch.equal(grad_w, (grad * x_scale[:, None]).bfloat16().t().contiguous() @ x_q.bfloat16())
