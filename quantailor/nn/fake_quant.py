@@ -107,7 +107,7 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
 
     @property
     def _in_one_step(self) -> bool:
-        """Whether the weight stands on its grid by LSQ's own quantizer (no stand-in of qat/quantizers.py), undiluted."""
+        """Whether the weight is on its grid by LSQ's own quantizer (no stand-in of qat/quantizers.py), undiluted."""
         w = self.weight_quantizer
         return type(w) is WeightQuantizer and w.enabled and not (self.training and self.share < 1)
 
