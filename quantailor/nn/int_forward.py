@@ -131,9 +131,6 @@ class _IntegerLinear(torch.autograd.Function):
         need_x, need_w, need_s, need_b = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
         grad = grad_outputs[0].reshape(-1, weight.shape[0])
         grad_bias = grad.sum(0, dtype=torch.float32) if ctx.has_bias and need_b else None  # type: ignore[attr-defined]
-        w = weight.float()
-        if w_q is None:
-            w_q = passes.quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
         rows = x_q.reshape(-1, x_q.shape[-1])
         needed = (need_x, need_w or need_s)  # a frozen layer needs no product for its weight, the lowest one none for x
         grad_x: Tensor | None = None
@@ -142,11 +139,15 @@ class _IntegerLinear(torch.autograd.Function):
         exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with exact:
             if ctx.in_bf16:  # type: ignore[attr-defined]
+                if w_q is None:
+                    numbers = (grid.offset, grid.qmin, grid.qmax, size)
+                    w_q = passes.quantize_weight(weight.float(), scale, zero_point, *numbers)
                 parts = (grad, w_q, scale, zero_point, rows, x_scale, grid, ctx.x_dtype)  # type: ignore[attr-defined]
                 grad_x, grad_w = (_products_bf16 if all(needed) else _one_product_bf16)(*parts, needed)
             else:
                 if need_x:
-                    w_hat = passes.fake_quantize_weight(w, scale, zero_point, grid.offset, grid.qmin, grid.qmax, size)
+                    numbers = (grid.offset, grid.qmin, grid.qmax, size)
+                    w_hat = passes.fake_quantize_weight(weight.float(), scale, zero_point, *numbers)
                     grad_x = grad.float() @ w_hat
                 if needed[1]:
                     grad_w = grad.float().t() @ (rows * x_scale.reshape(-1, 1))
