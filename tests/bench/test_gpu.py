@@ -47,7 +47,7 @@ def test_contestants_take_turns(bench, monkeypatch):
 
 def test_every_contestant_runs(bench, monkeypatch, capsys):
     """On a CPU, in small: all but the recording of a graph is the code that a GPU gets."""
-    small = {"DEVICE": "cpu", "WIDE": 256, "ROWS": (8, 24), "TOKENS": (16, 32), "no_gpu": lambda: ""}
+    small = {"DEVICE": "cpu", "WIDE": 64, "GROUP": 32, "ROWS": (8, 24), "TOKENS": (16, 32), "no_gpu": lambda: ""}
     alike = {"as_graph": lambda run: run, "seconds": lambda run, calls: run() is None or 1.0}
     for name, value in (small | alike).items():
         monkeypatch.setattr(bench, name, value)

@@ -18,7 +18,8 @@ from quantailor.models.prepare import FAKE_QUANT, prepare
 from quantailor.models.structure import modules_of
 from quantailor.ptq import rotate
 from quantailor.ptq.driver import calibrate, methods_of
-from quantailor.ptq.rotate import Ends, Rotate, Unfit, plan_block, plan_model, rotate_block, rotate_ends
+from quantailor.ptq.residual_stream import Ends, Unfit, plan_block, plan_model
+from quantailor.ptq.rotate import Rotate, rotate_block, rotate_ends
 from quantailor.recipe import Recipe, Rule
 from quantailor.spec import Scheme
 from tests.models import zoo
