@@ -27,7 +27,8 @@ from quantailor.qat.settings import Settings, resolved
 from quantailor.spec import Scheme
 from quantailor.verbs.model import Model, examples_for
 from quantailor.verbs.quantizing import quantize
-from quantailor.verbs.training import for_training, train
+from quantailor.verbs.training import train
+from quantailor.verbs.training_inputs import for_training
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantailor.data.examples import Examples
-from quantailor.data.loading import Data, load_examples, overlap, split
+from quantailor.data.loading import Data
 from quantailor.environment import environment
-from quantailor.errors import UntrustedInput, UsageError
+from quantailor.errors import UsageError
 from quantailor.evaluate.classification import ClassificationResult
 from quantailor.evaluate.lm import LMResult
 from quantailor.evaluate.run import evaluate as measure
-from quantailor.formats import folder as folders
 from quantailor.models.adapt import active, adapters
-from quantailor.models.loading import (
-    load_tokenizer,
-    task_of,
-)
 from quantailor.models.prepare import unpack_model
 from quantailor.nn.lora import LoRA
 from quantailor.progress import Progress
@@ -43,7 +36,6 @@ from quantailor.recipe import Rule
 from quantailor.spec import Scheme
 from quantailor.store.lock import locked
 from quantailor.store.publish import DiskFull, is_disk_full, new_folder
-from quantailor.store.untrusted import scan_model_folder
 from quantailor.store.work import Work, work_folder
 from quantailor.verbs.adapters import TRAINED, adapter_details, fill_adapter, fill_base, merge_notes
 from quantailor.verbs.lora_training import (
@@ -57,17 +49,14 @@ from quantailor.verbs.lora_training import (
 )
 from quantailor.verbs.model import (
     Model,
-    as_model,
-    check_comparable,
-    examples_for,
     fill,
-    load,
     probe_of,
     refuse_questions,
 )
 from quantailor.verbs.progressive import run_stages
 from quantailor.verbs.quantizing import PointsLike, quantize, recipe_for
 from quantailor.verbs.scratch import random_start
+from quantailor.verbs.training_inputs import for_choosing, for_training, teacher_of
 
 
 def train(
@@ -233,7 +222,7 @@ def _train(
         raise UsageError(
             f"the model is quantized already ({source.state.scheme}); leave the scheme out to train it further"
         )
-    train_data, held_out, data_notes = _held_out(source, train_data, eval_data, context, settings.seed)
+    train_data, held_out, data_notes = for_choosing(source, train_data, eval_data, context, settings.seed)
     notes = [*source.notes, *data_notes]
     is_float = parsed is not None and parsed.is_float and not rules
     if (new_head or from_scratch) and teacher == "self" and not is_float:
@@ -241,7 +230,7 @@ def _train(
         notes.append(_TEACHES_NOTHING.format("head is new" if new_head else "weights are random"))
     if from_scratch and settings.blend is None:  # it is there so that trained weights do not jump
         settings = dataclasses.replace(settings, blend=0.0)
-    reference = None if is_float else _teacher(source, teacher)
+    reference = None if is_float else teacher_of(source, teacher)
     if reference is None:  # no distance to keep: the task's own loss is all there is
         settings = dataclasses.replace(settings, kl_weight=0.0, task_weight=settings.task_weight or 1.0)
     if is_float:
@@ -332,23 +321,6 @@ def _train(
 _TEACHES_NOTHING = "the {}, so the float model teaches nothing: trained on the task's own loss"
 
 
-def _held_out(
-    source: Model, train_data: Examples, eval_data: Data | Examples | None, context: int, seed: int
-) -> tuple[Examples, Examples, list[str]]:
-    """(what trains, what chooses the best iterate, what is to be said of both)."""
-    notes = [f"training data: {note}" for note in train_data.notes]
-    if eval_data is None:
-        train_data, held_out = split(train_data, 0.1, seed)
-        notes.append(
-            f"no evaluation data: {len(held_out)} rows of the training data are held out to choose the best iterate"
-        )
-    else:
-        held_out = examples_for(source, eval_data, context=context)
-        if shared := overlap(train_data, held_out):
-            notes.append(f"{shared} rows are in both the training and the evaluation data")
-    return train_data, held_out, notes
-
-
 def _in_stages(
     model: str | Path | Model,
     data: Data | Examples,
@@ -371,11 +343,11 @@ def _in_stages(
     for stage in stages:  # every stage's mistakes before the first one's hours
         recipe_for(stage.parsed, rules, method=method, ragged=ragged).assign(source.model)
         stage.settings(settings)
-    train_data, held_out, notes = _held_out(source, train_data, eval_data, context, settings.seed)
+    train_data, held_out, notes = for_choosing(source, train_data, eval_data, context, settings.seed)
     if (new_head or from_scratch) and teacher == "self":
         teacher = None
         notes.append(_TEACHES_NOTHING.format("head is new" if new_head else "weights are random"))
-    reference = _teacher(source, teacher)
+    reference = teacher_of(source, teacher)
 
     def one(current: Model, stage: Stage, place: Path | None) -> Model:
         return _train(
@@ -440,38 +412,6 @@ def _config(
     }
 
 
-def for_training(
-    model: str | Path | Model, data: Data | Examples, context: int, seed: int
-) -> tuple[Model, Examples, bool]:
-    """The model, its data, and whether it was a bare encoder: that gets a head for these classes, drawn by `seed`."""
-    if isinstance(model, Model):
-        return model, examples_for(model, data, context=context), False
-    folder = Path(model)
-    if isinstance(data, Examples) or not folder.exists() or (folder / folders.RECEIPT).exists():
-        loaded = load(folder)
-        return loaded, examples_for(loaded, data, context=context), False
-    config = scan_model_folder(folder).config
-    if task_of(config) is not None:
-        loaded = load(folder)
-        return loaded, examples_for(loaded, data, context=context), False
-    longest = min(context, config.get("max_position_embeddings") or context)
-    examples = load_examples(data, load_tokenizer(folder), context=longest)
-    if examples.task != "classification":
-        raise UsageError(
-            f"{folder} is a bare encoder, which can be given a head for classification; the data is for {examples.task}"
-        )
-    if examples.num_labels < 2:
-        raise UntrustedInput(
-            f"{examples.source} has the one class {examples.label_names[0]!r}; a head needs two to choose from"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        loaded = load(folder, task="classification", num_labels=examples.num_labels)
-    loaded.model.config.id2label = dict(enumerate(examples.label_names))
-    loaded.model.config.label2id = {name: i for i, name in enumerate(examples.label_names)}
-    return loaded, examples, True
-
-
 def _floating_score(
     source: Model, reference: Model | None, settings: Settings, score: Callable[[Any], Score]
 ) -> Score | None:
@@ -486,17 +426,3 @@ def _floating_score(
             "folder as teacher, or use another goal"
         )
     return score(reference.model)
-
-
-def _teacher(source: Model, teacher: str | Path | Model | None) -> Model | None:
-    if teacher is None:
-        return None
-    if teacher != "self":
-        other = as_model(teacher)
-        check_comparable(source, other, "teacher")
-        return other
-    if source.state is not None:
-        raise UsageError(
-            "teacher='self' needs the float model, and this one is quantized; name the float folder as teacher, or None"
-        )
-    return dataclasses.replace(source, model=copy.deepcopy(source.model))
