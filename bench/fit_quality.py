@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from attention import use
 from seeds import interval
 
 import quantailor as qt
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = qt.load(DATA / "models" / options.model)
+    attention = use(model.model)
     train = examples_for(model, DATA / "text" / "tinystories" / "train.txt")
     valid = examples_for(model, DATA / "text" / "tinystories" / "valid.txt")
     commit = subprocess.run(
@@ -122,6 +124,7 @@ def main() -> None:
         "model": options.model,
         "steps": options.steps,
         "commit": commit,
+        "attention": attention,
         "environment": environment(),
         "command": f"python bench/fit_quality.py {options.model} --seeds {options.seeds} --steps {options.steps}",
         "guard": guard_rows(model, train, valid, steps=40),

@@ -42,13 +42,13 @@ def share(row: dict, key: str) -> str:
 
 def fit_table() -> str:
     lines = [
-        "| model | scheme | RTN | GPTQ | Qronos | short QAT | longer QAT | float, trained as long | verdict "
+        "| model | scheme | RTN | Qronos | Block-AP | short QAT | longer QAT | float, trained as long | verdict "
         "| QAT took back |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     for model in MODELS:
         for row in read(f"fit_{model}")["fits"]:
-            names = ("rtn", "gptq", "qronos", "hybrid", "qat", "float+")
+            names = ("rtn", "qronos", "blockap", "hybrid", "qat", "float+")
             cells = [mean(row["runs"], name) for name in names]
             verdicts = ", ".join(dict.fromkeys(row["verdicts"]))
             trained = any("hybrid" in run["values"] for run in row["runs"])
