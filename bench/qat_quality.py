@@ -49,7 +49,9 @@ RECIPES: dict[int, dict[str, Any]] = {
     3: {"task_weight": 1.0, "average": 0.25},
     2: {"task_weight": 0.0, "average": 0.25},
 }
-LONG, LONG_RATES = 1000, {3: 3e-4}  # runs of more steps: at the table's 9.4e-4 four thousand end above five hundred
+# Runs of more steps: at the table's 9.4e-4 four thousand end above five hundred, and at two bits the text pays by then.
+LONG = 1000
+LONG_RECIPES: dict[int, dict[str, Any]] = {3: {"learning_rate": 3e-4}, 2: {"task_weight": 1.0}}
 FLOAT_RATE = 1.5e-4  # of the control on the smaller model: at the table's 4.8e-4 batches of 4 rows gained nothing
 LOOKS = 4
 WAYS = ("ptq", "qat", "defaults", "scales", "float")
@@ -91,12 +93,13 @@ class Bench:
             seed=seed, steps=self.options.steps, batch_size=self.options.batch_size, evaluations=LOOKS, **changes
         )
 
+    def recipe(self, bits: int) -> dict[str, Any]:
+        return RECIPES[bits] | (LONG_RECIPES.get(bits, {}) if self.options.steps > LONG else {})
+
     def changes(self, model: str, bits: int, way: str) -> dict[str, Any]:
         if way == "defaults":
             return {}
-        recipe = dict(RECIPES[bits])
-        if self.options.steps > LONG and bits in LONG_RATES and model == MODELS[0]:
-            recipe["learning_rate"] = LONG_RATES[bits]
+        recipe = self.recipe(bits)
         if way == "scales":
             return recipe | {"trains": "scales", "learning_rate": None}
         if model != MODELS[0]:  # a larger model wants a lower rate, which the table knows, and learns from the text
@@ -164,7 +167,8 @@ class Bench:
         np.save(place / "rows.npy", torch.cat([b["input_ids"] for b in batches]).numpy().astype(np.int32))
         command = [str(python), str(HERE / "rivals" / f"qat_{way}.py"), "--model", str(DATA / "models" / model)]
         command += ["--rows", str(place / "rows.npy"), "--bits", str(bits), "--out", str(place / "weights.safetensors")]
-        command += ["--batch-size", str(self.options.batch_size), "--task-weight", str(RECIPES[bits]["task_weight"])]
+        command += ["--batch-size", str(self.options.batch_size)]
+        command += ["--task-weight", str(self.recipe(bits)["task_weight"])]
         command += ["--learning-rate", str(self.options.rival_rate or RIVAL_RATES[way][bits])]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
