@@ -60,6 +60,7 @@ class Watch(TrainerCallback):
         self.stopped = ""  # why the run ends early
         self.rate = 0.0  # of the weights, in this step
         self._step = ExitStack()
+        self._waits = False  # whether a signal waits for the step to come, or the one that runs
 
     def __enter__(self) -> Watch:
         return self
@@ -91,8 +92,7 @@ class Watch(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        if self.saves:
-            self._step.enter_context(finishing(f"step {state.global_step + 1} of {state.max_steps}"))
+        self.wait_for(state)
         self.rate = max((group["lr"] for group in optimizer.param_groups if group["params"]), default=0.0)
         self.flight.begin(state.global_step + 1)
         share = self.settings.freeze_ranges
@@ -164,12 +164,22 @@ class Watch(TrainerCallback):
             self.save()
         if self.stopped:
             control.should_training_stop = True
+        elif step < state.max_steps:
+            self.wait_for(state)
 
     # ------------------------------------------------------------------------------------------------ its parts
+
+    def wait_for(self, state: TrainerState) -> None:
+        """From now on a signal waits for the next step, where there are checkpoints: also while its batch is fetched,
+        or the steps behind the last checkpoint would be lost."""
+        if self.saves and not self._waits:
+            self._step.enter_context(finishing(f"step {state.global_step + 1} of {state.max_steps}"))
+            self._waits = True
 
     def advance_saving(self, device: torch.device) -> None:
         """Report the step. Raises: what a signal asked for while it ran, in every process; it is saved first."""
         stop: BaseException | None = None
+        self._waits = False
         try:
             self._step.close()
             self.advance(1)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from quantailor import api
+from quantailor import api, progress
 from quantailor.errors import UsageError
 from quantailor.evaluate.run import evaluate
 from quantailor.qat.checkpoint import fingerprint
@@ -196,6 +196,24 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, model, corpus, nu
     assert other.status == 0
     weights = [name for name in bytes_of(out) if name.endswith(".safetensors")]
     assert weights and all(bytes_of(out)[name] == bytes_of(tmp_path / "other")[name] for name in weights)
+
+
+def test_a_signal_between_two_steps_waits_for_the_next_and_loses_none(go, tmp_path, monkeypatch):
+    begin, told = Watch.on_step_begin, []
+
+    def signalled(self, args, state, control, **rest):
+        if state.global_step == 4:
+            told.append((progress.stop_with(KeyboardInterrupt()), progress.being_finished()))
+        begin(self, args, state, control, **rest)
+
+    monkeypatch.setattr(Watch, "on_step_begin", signalled)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(work=tmp_path / "work")
+    finally:
+        progress.go_on()
+    assert told == [(False, f"step 5 of {OPTIONS['steps']}")]
+    assert max(int(path.stem[6:]) for path in (tmp_path / "work").glob("state-*")) == 5
 
 
 def test_the_given_model_is_left_as_it_was(model):
