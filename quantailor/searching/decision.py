@@ -227,7 +227,7 @@ def decide(facts: Facts) -> Decision:
         return answer("hybrid", "few rows", None)
     remaining = (1 - _TAKEN_BACK) * loss
     if remaining <= facts.tolerance:
-        text = "PTQ is near: QAT took back 16 % of the loss in a short run on the fragile model at 4 bits"
+        text = f"PTQ is near: QAT took back {_TAKEN_BACK:.0%} of the loss on the fragile model at 4 bits"
         rule(
             "distance",
             text,
@@ -238,7 +238,7 @@ def decide(facts: Facts) -> Decision:
     if not facts.affords("qat"):
         rule("budget", "the budget pays for a short QAT, not for a longer one", "counted", "this plan")
         return answer("hybrid", "short of money", None)
-    text = f"PTQ is far off; QAT took back 16 % there, which would leave {remaining:.2%}"
+    text = f"PTQ is far off; QAT took back {_TAKEN_BACK:.0%} there, which would leave {remaining:.2%}"
     rule("distance", text, "measured", "bench/results/fit_stories260k.json, recovery at w4a16-g32, three seeds")
     return answer("qat", "far", False)
 

@@ -20,7 +20,10 @@ from quantailor.verbs.model import Model, as_model, check_comparable, examples_f
 def for_training(
     model: str | Path | Model, data: Data | Examples, context: int, seed: int
 ) -> tuple[Model, Examples, bool]:
-    """The model, its data, and whether it was a bare encoder: that gets a head for these classes, drawn by `seed`."""
+    """The model, its data, and whether it was a bare encoder: that gets a head for these classes, drawn by `seed`.
+
+    Raises: UsageError where the data is not for the model's task, UntrustedInput where it has a single class.
+    """
     if isinstance(model, Model):
         return model, examples_for(model, data, context=context), False
     folder = Path(model)

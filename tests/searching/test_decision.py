@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantailor.errors import UsageError
+from quantailor.searching import decision
 from quantailor.searching.decision import FRAGILE, LEAVES, LOSSES, WAYS, Facts, decide
 
 BIG, SMALL = 10**9, 10**5
@@ -121,4 +122,7 @@ def test_losses_are_those_of_the_result_files():
     assert LOSSES[8, True].low == pytest.approx(ratio("tinystories-llama-4m", "w8a8", "rtn"), abs=1e-4)
     assert LOSSES[8, True].high == pytest.approx(ratio("stories260k", "w8a8", "rtn"), abs=1e-4)
     assert all(e.low <= e.high and e.source for e in LOSSES.values()) and math.isinf(LOSSES[1, True].high)
+    fits = json.loads((RESULTS / "fit_stories260k.json").read_text())["fits"]
+    (at_4_bits,) = [row["recovery"]["mean"] for row in fits if row["scheme"] == "w4a16-g32"]
+    assert decision._TAKEN_BACK == pytest.approx(at_4_bits, abs=5e-3)
     assert FRAGILE > 260_032
