@@ -55,6 +55,12 @@ class WeightQuantizer(nn.Module):
         per_scale = in_features if spec.group_size is None else min(spec.group_size, in_features)
         per_scale *= out_features if isinstance(spec.granularity, PerTensor) else 1
         self.g = gradient_scale(per_scale, grids.limits(spec.grid)[1])
+        # The grid as the one-pass kernels take it; None for NF4, listed groups, and where integers do not fit int8.
+        self.grid: WeightGrid | None = None
+        if has_integer_product(spec.grid) and not spec.is_indexed:
+            qmin, qmax, offset = grids.limits(spec.grid)
+            stretch = 0.0 if isinstance(spec.grid, Int) else 0.5
+            self.grid = WeightGrid(offset, stretch, self.g, qmin, qmax, spec.group_size)
 
     @property
     def is_asymmetric(self) -> bool:
@@ -64,15 +70,6 @@ class WeightQuantizer(nn.Module):
     def scale(self) -> Tensor:
         """[O, G, 1], not 0; negative where calibration turned the grid around."""
         return self.base_scale * self.log_scale.exp()
-
-    @property
-    def grid(self) -> WeightGrid | None:
-        """The grid as the one-pass kernels take it; None for NF4, listed groups, and where integers do not fit int8."""
-        if not has_integer_product(self.spec.grid) or self.spec.is_indexed:
-            return None
-        qmin, qmax, offset = grids.limits(self.spec.grid)
-        stretch = 0.0 if isinstance(self.spec.grid, Int) else 0.5
-        return WeightGrid(offset, stretch, self.g, qmin, qmax, self.spec.group_size)
 
     @property
     def scale_OG(self) -> Tensor:

@@ -54,7 +54,7 @@ def test_every_contestant_runs(bench, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rounds", "1"])
     bench.main()
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    measured = {"step, 16 tokens", "step, 32 tokens"}
+    measured = {f"step, {tokens} tokens{how}" for tokens in (16, 32) for how in ("", ", as a CUDA graph")}
     for name in ("int8, 8 rows", "int8, 24 rows", "decode"):
         measured |= {name, f"{name}, launched one by one"}
     assert set(document["results"]) | set(document["not_measured"]) == measured

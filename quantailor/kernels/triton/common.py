@@ -29,21 +29,50 @@ def clamped(v, low, high):
     return tl.where(v < low, low, tl.where(v > high, high, v))
 
 
-def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Within: launches go to the GPU that `x` is on (Triton takes the current one)."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def blocks_of(number: int, size: int) -> int:
+    """How many blocks of `size` hold `number` elements: triton.cdiv without its wrapper, which takes microseconds."""
+    return -(-number // size)
 
 
-Grid = Callable[[dict[str, Any]], tuple[int, ...]]
-_fastest: dict[Hashable, triton.Config] = {}
+def power_of_2(number: int) -> int:
+    """The least power of two that is not below `number`, 1 or more."""
+    return 1 << max(0, number - 1).bit_length()
 
 
-def launch(kernel: Any, alike: Hashable, grid: Grid, *args: Any, **named: Any) -> None:
-    """Launch an autotuned kernel. `alike`: what its choice of a block depends on, so that the tuner, whose own look-up
-    takes as long as a launch, is asked once."""
-    known = _fastest.get((kernel, alike))
-    if known is None:
-        kernel[grid](*args, **named)
-        _fastest[kernel, alike] = kernel.best_config
-    else:
-        kernel.fn[grid](*args, **named, **known.all_kwargs())
+Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
+_compiled: dict[Hashable, tuple[Any, dict[str, Any]]] = {}  # and the constants that it was compiled with
+
+
+def launch(
+    kernel: Any, grid: Grid, *args: Any, alike: Hashable = (), options: dict[str, Any], **constants: Any
+) -> None:
+    """Launch `kernel` on the device of its first argument, a tensor. `constants` as the kernel declares them, last.
+
+    Triton's own launcher looks at every argument in Python, and a tuner besides, which takes longer than many a kernel
+    runs. What it compiled is kept for arguments that it would take for the same, and called directly. `alike`: the
+    numbers that a tuned kernel's choice of a block depends on.
+    """
+    if INTERPRETED:
+        kernel[grid](*args, **constants, **options)
+        return
+    device = args[0].device.index
+    key = (id(kernel), device, alike, *constants.values(), *[_kind(value) for value in args])
+    known = _compiled.get(key)
+    with contextlib.nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+        if known is None:
+            compiled = kernel[grid](*args, **constants, **options)
+            chosen = kernel.best_config.kwargs if hasattr(kernel, "best_config") else {}
+            _compiled[key] = compiled, constants | chosen
+            return
+        compiled, constants = known
+        x, y, z = (*(grid(constants) if callable(grid) else grid), 1, 1)[:3]
+        compiled[x, y, z](*args, *constants.values())
+
+
+def _kind(value: Any) -> Hashable:
+    """What Triton compiles for: a type, and whether addresses and numbers divide by 16 or are 1."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value % 16 == 0, value == 1, value >= 2**31
+    return type(value).__name__

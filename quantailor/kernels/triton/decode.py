@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantailor.kernels.triton.common import INTERPRETED, device_of, launch
+from quantailor.kernels.triton.common import INTERPRETED, blocks_of, launch, power_of_2
 
 _ROWS = 4  # at a time; beyond, the weights are read again, from the second cache
 
@@ -120,14 +120,13 @@ def decode_linear(
     groups, fields = scale.shape[1], 32 // bits
     if not y.numel():
         return y
-    with device_of(x):
-        together = min(_ROWS, triton.next_power_of_2(rows))
-        launch(
-            *(_decode_linear, (out, length, group_size, together, bits, x.dtype, data.dtype, zero_point is None)),
-            *(lambda meta: (triton.cdiv(out, meta["BLOCK_O"]), triton.cdiv(rows, together)), x),
-            *(data.contiguous(), scale.contiguous(), None if zero_point is None else zero_point.contiguous()),
-            *(None if bias is None else bias.contiguous(), y, rows, out, length, triton.cdiv(length, fields)),
-            *(groups, length if groups == 1 else group_size, 0 if one_scale else groups, float(move)),
-            ROWS=together, BITS=bits, FIELDS=fields, SIGNED=data.dtype == torch.int8,
-        )  # fmt: skip
+    together = min(_ROWS, power_of_2(rows))
+    launch(
+        *(_decode_linear, lambda of: (blocks_of(out, of["BLOCK_O"]), blocks_of(rows, together)), x),
+        *(data.contiguous(), scale.contiguous(), None if zero_point is None else zero_point.contiguous()),
+        *(None if bias is None else bias.contiguous(), y, rows, out, length, blocks_of(length, fields)),
+        *(groups, length if groups == 1 else group_size, 0 if one_scale else groups, float(move)),
+        alike=(out, length, group_size), options={},
+        ROWS=together, BITS=bits, FIELDS=fields, SIGNED=data.dtype == torch.int8,
+    )  # fmt: skip
     return y

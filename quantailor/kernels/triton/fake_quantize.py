@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantailor.kernels.triton.common import SAME_BITS, clamped, device_of, rounded
+from quantailor.kernels.triton.common import SAME_BITS, blocks_of, clamped, launch, power_of_2, rounded
 from quantailor.numerics.grouping import num_groups
 
 _TILE = 1024  # elements to a program: eight a thread, so that registers leave room for many programs
@@ -35,7 +35,7 @@ def _fake_quantize(
 
 def tile_of(group_size: int) -> tuple[int, int]:
     """(groups, elements of each) that a program works on at a time, powers of two."""
-    block = min(triton.next_power_of_2(group_size), _TILE)
+    block = min(power_of_2(group_size), _TILE)
     return _TILE // block, block
 
 
@@ -61,11 +61,10 @@ def _launched(
     result = torch.empty_like(w, dtype=dtype)
     (out, length), (many, block) = w.shape, tile_of(size)
     groups = num_groups(length, size)
-    grid = (triton.cdiv(out * groups, many), triton.cdiv(size, block))
+    grid = (blocks_of(out * groups, many), blocks_of(size, block))
     if w.numel():
-        with device_of(w):
-            _fake_quantize[grid](
-                *(w, scale, zero_point, result, out * groups, groups, size, length, *map(float, numbers)),
-                BACK=dtype == torch.float32, MANY=many, BLOCK=block, **SAME_BITS,
-            )  # fmt: skip
+        launch(
+            *(_fake_quantize, grid, w, scale, zero_point, result, out * groups, groups, size, length),
+            *map(float, numbers), options=SAME_BITS, BACK=dtype == torch.float32, MANY=many, BLOCK=block,
+        )  # fmt: skip
     return result

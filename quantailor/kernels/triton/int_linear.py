@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantailor.kernels.triton.common import INTERPRETED, SAME_BITS, device_of, launch
+from quantailor.kernels.triton.common import INTERPRETED, SAME_BITS, blocks_of, launch, power_of_2
 from quantailor.numerics.grouping import num_groups
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,18 +127,16 @@ def int_linear(
         return y.to(dtype)
     if shift is not None:
         w_scale, shift = (value.contiguous() for value in torch.broadcast_tensors(w_scale, shift))
-    block = min(128, max(32, triton.next_power_of_2(size)))  # 32 is the least that tensor cores take of int8
+    block = min(128, max(32, power_of_2(size)))  # 32 is the least that tensor cores take of int8
     sides = (x_q.contiguous(), x_scale.contiguous(), w_q.contiguous(), w_scale.contiguous(), shift)
     counts = (rows, out, length, num_groups(length, size), size)
     steps = (0 if scale.shape[0] == 1 else scale.shape[1] for scale in (x_scale, w_scale))
-    given = (shift is None, floats is None, bias is None, x_group_size is None, y.dtype)
-    alike = triton.next_power_of_2(rows)
-    with device_of(x_q):
-        launch(
-            *(_int_linear, (alike, out, length, size, given)),
-            lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(out, meta["BLOCK_O"]),),
-            *(*sides, floats, None if bias is None else bias.contiguous(), y, *counts, *steps, alike),
-            X_GROUPS=x_group_size is not None, W_GROUPS=w_group_size is not None,
-            EVEN=size % block == 0 and length % size == 0, BLOCK_N=block, **SAME_BITS,
-        )  # fmt: skip
+    alike = power_of_2(rows)
+    launch(
+        *(_int_linear, lambda of: (blocks_of(rows, of["BLOCK_T"]) * blocks_of(out, of["BLOCK_O"]),)),
+        *(*sides, floats, None if bias is None else bias.contiguous(), y, *counts, *steps, alike),
+        alike=(alike, out, length, size), options=SAME_BITS,
+        X_GROUPS=x_group_size is not None, W_GROUPS=w_group_size is not None,
+        EVEN=size % block == 0 and length % size == 0, BLOCK_N=block,
+    )  # fmt: skip
     return y.to(dtype)

@@ -71,6 +71,14 @@ def why_not(device: str) -> str:
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the GPU kernels work on these: all on one GPU, and nothing against it. They compute in float32, so
     float64 is left to torch."""
-    there = [t for t in tensors if t is not None]
-    devices = {t.device for t in there}
-    return len(devices) == 1 and not why_not(devices.pop().type) and all(t.dtype != torch.float64 for t in there)
+    device = None
+    for t in tensors:
+        if t is None:
+            continue
+        if device is None:
+            device = t.device
+            if not is_home(device.type) or _load()[0] is None:
+                return False
+        if t.device != device or t.dtype == torch.float64:
+            return False
+    return device is not None

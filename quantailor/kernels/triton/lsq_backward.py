@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantailor.kernels.triton.common import SAME_BITS, clamped, device_of, rounded
+from quantailor.kernels.triton.common import SAME_BITS, blocks_of, clamped, launch, rounded
 from quantailor.kernels.triton.fake_quantize import tile_of
 from quantailor.numerics.grouping import num_groups
 
@@ -64,11 +64,10 @@ def lsq_backward(
     groups = num_groups(length, group_size)
     numbers = (float(v) for v in (offset, stretch, g, qmin, qmax))
     if w.numel():
-        with device_of(w):
-            _lsq_backward[(triton.cdiv(out * groups, many),)](
-                *(w, grad, scale, zero_point, grad_w, grad_scale, out * groups, groups, group_size, length, *numbers),
-                MANY=many, BLOCK=block, **SAME_BITS,
-            )  # fmt: skip
+        launch(
+            *(_lsq_backward, (blocks_of(out * groups, many),), w, grad, scale, zero_point, grad_w, grad_scale),
+            *(out * groups, groups, group_size, length, *numbers), options=SAME_BITS, MANY=many, BLOCK=block,
+        )  # fmt: skip
     else:
         grad_scale.zero_()
     return grad_w, grad_scale

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantailor.kernels.triton import int_linear as fused
-from quantailor.kernels.triton.common import INTERPRETED, SAME_BITS, device_of
+from quantailor.kernels.triton.common import INTERPRETED, SAME_BITS, blocks_of, launch, power_of_2
 from quantailor.numerics.grouping import num_groups
 
 _MOST_SUMS = 2**26  # 256 MiB of them
@@ -43,12 +43,11 @@ def by_torch(
     sums = torch._int_mm(x_q.contiguous(), w_q.contiguous().t())
     rows, out = sums.shape
     y = torch.empty((rows, out), dtype=dtype, device=x_q.device)
-    with device_of(x_q):
-        _scaled[(rows, triton.cdiv(out, _BLOCK))](
-            *(sums, x_scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous(), y),
-            *(out, int(x_scale.shape[0] > 1), int(w_scale.shape[0] > 1)),
-            BLOCK=_BLOCK, **SAME_BITS,
-        )  # fmt: skip
+    launch(
+        *(_scaled, (rows, blocks_of(out, _BLOCK)), sums, x_scale.contiguous(), w_scale.contiguous()),
+        *(None if bias is None else bias.contiguous(), y, out, int(x_scale.shape[0] > 1), int(w_scale.shape[0] > 1)),
+        options=SAME_BITS, BLOCK=_BLOCK,
+    )  # fmt: skip
     return y
 
 
@@ -80,7 +79,7 @@ def int_linear(
     _latest["sizes"] = None
     if not (scaled_once and fits and length and dtype in fused.OUTPUTS):
         return ours()
-    sizes = (triton.next_power_of_2(rows), length, out)
+    sizes = (power_of_2(rows), length, out)
     if sizes not in _found:
         if x_q.is_cuda and torch.cuda.is_current_stream_capturing():  # into a graph, where nothing can be timed
             return ours()

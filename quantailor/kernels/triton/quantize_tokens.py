@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantailor.kernels.triton.common import SAME_BITS, clamped, device_of, rounded
+from quantailor.kernels.triton.common import SAME_BITS, clamped, launch, power_of_2, rounded
 
 _LARGEST = torch.finfo(torch.float32).max
 _LARGEST_FLOAT = tl.constexpr(_LARGEST)
@@ -53,10 +53,9 @@ def quantize_tokens(x: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return q, scale.fill_(1.0)
     steps, most = (qmax - qmin) / 2, _LARGEST / ((qmax - qmin + 2) // 2)
-    block = min(triton.next_power_of_2(length), 8192)
-    with device_of(x):
-        _quantize_tokens[(scale.numel(),)](
-            *(x, q, scale, length, steps, most, float(qmin), float(qmax)),
-            BLOCK=block, ONCE=length <= block, num_warps=8 if block > 1024 else 4, **SAME_BITS,
-        )  # fmt: skip
+    block = min(power_of_2(length), 8192)
+    launch(
+        *(_quantize_tokens, (scale.numel(),), x, q, scale, length, steps, most, float(qmin), float(qmax)),
+        options=SAME_BITS | {"num_warps": 8 if block > 1024 else 4}, BLOCK=block, ONCE=length <= block,
+    )  # fmt: skip
     return q, scale

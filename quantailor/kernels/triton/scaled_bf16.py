@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantailor.kernels.triton.common import SAME_BITS, device_of
+from quantailor.kernels.triton.common import SAME_BITS, blocks_of, launch, power_of_2
 
 _MOST = 4096  # elements to a program
 
@@ -34,11 +34,12 @@ def scaled_bf16(w: Tensor, w_scale: Tensor | None, x: Tensor, x_scale: Tensor) -
     w, x = w.contiguous(), x.contiguous()
     w_hat, x_hat = (torch.empty_like(t, dtype=torch.bfloat16) for t in (w, x))
     (out, length), rows = w.shape, x.shape[0]
-    block = min(triton.next_power_of_2(max(1, length)), _MOST)
+    block = min(power_of_2(max(1, length)), _MOST)
     if length and out + rows:
-        with device_of(w):
-            _scaled_bf16[(out + rows, triton.cdiv(length, block))](
-                *(w, None if w_scale is None else w_scale.contiguous(), w_hat, 1, x, x_scale.contiguous(), x_hat),
-                *(int(x_scale.numel() > 1), out, length), BLOCK=block, num_warps=8 if block > 1024 else 4, **SAME_BITS,
-            )  # fmt: skip
+        launch(
+            *(_scaled_bf16, (out + rows, blocks_of(length, block)), w),
+            *(None if w_scale is None else w_scale.contiguous(), w_hat, 1, x, x_scale.contiguous(), x_hat),
+            *(int(x_scale.numel() > 1), out, length),
+            options=SAME_BITS | {"num_warps": 8 if block > 1024 else 4}, BLOCK=block,
+        )  # fmt: skip
     return w_hat, x_hat

@@ -19,7 +19,8 @@ if not HAS_GPU:
 if not HAS_TRITON or gpu.interprets():
     pytest.skip("the interpreter is not the GPU" if HAS_TRITON else INSTALL, allow_module_level=True)
 
-from quantailor.kernels.triton import product
+from quantailor.kernels.triton import common, product
+from quantailor.kernels.triton import int_linear as fused
 from tests.kernels.triton.test_decode import exact, on_device
 from tests.kernels.triton.test_int_linear import drawn
 from tests.kernels.triton.test_int_linear import on_device as moved
@@ -29,6 +30,26 @@ pytestmark = pytest.mark.cuda
 
 def test_our_kernels_run_here():
     assert gpu.why_not("cuda") == ""
+
+
+@pytest.mark.parametrize("config", fused.CONFIGS, ids=str)
+def test_every_block_gives_the_same_bits(config, monkeypatch):
+    case = moved(*drawn(300, 640, 270, shifted=True))
+    monkeypatch.setattr(fused._int_linear, "configs", [config])
+    monkeypatch.setattr(fused._int_linear, "cache", {})
+    monkeypatch.setattr(common, "_compiled", {})
+    assert torch.equal(int_linear(*case), int_linear(*case, matmul=float_matmul))
+    assert next(iter(common._compiled.values()))[1].items() >= config.kwargs.items()
+
+
+def test_what_is_compiled_for_one_address_is_not_taken_for_another(monkeypatch):
+    monkeypatch.setattr(common, "_compiled", {})
+    memory = torch.randn(8 * 64 + 1, device="cuda")
+    for x in (memory[:-1].view(8, 64), memory[1:].view(8, 64), memory[:-1].view(8, 64), memory[: 7 * 64].view(7, 64)):
+        q, scale = passes.quantize_tokens(x, -128, 127)
+        expected = passes.quantize_tokens(x.cpu(), -128, 127)
+        assert torch.equal(q.cpu(), expected[0]) and torch.equal(scale.cpu(), expected[1])
+    assert len(common._compiled) == 2  # multiples of 16 bytes, and others; rows are no argument
 
 
 @pytest.mark.parametrize(("length", "group_size"), [(4096, None), (4096, 128), (4096, 32), (4000, None)])

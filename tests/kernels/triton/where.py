@@ -25,3 +25,8 @@ def device_of_tests() -> str:
     if not HAS_GPU:
         pytest.skip("no GPU: test_interpreted.py runs this in a process of its own", allow_module_level=True)
     return "cuda"
+
+
+def runs_on_gpu() -> bool:
+    """Whether the tests' kernels are machine code on a GPU, not interpreted."""
+    return HAS_TRITON and HAS_GPU and not gpu.interprets()
