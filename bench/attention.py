@@ -79,7 +79,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """As transformers' interface asks for it."""
     plain = attention_mask is None and query.shape[2] == key.shape[2] and not options.get("dropout")
-    ours = query.shape[3] in WIDTHS and query.dtype == torch.float32 and query.device.type == "cpu"
+    floats = {t.dtype for t in (query, key, value)} == {torch.float32}  # within autocast values alone are bfloat16
+    ours = query.shape[3] in WIDTHS and floats and query.device.type == "cpu"
     if not plain or not ours:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling") or query.shape[3] ** -0.5

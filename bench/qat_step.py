@@ -105,7 +105,7 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "load": max(r["load"] for r in rounds),
             "against": {},
         }
-        for base in ("plain", "plain, compiled", "plain, bf16"):
+        for base in ("plain", "plain, compiled", "plain, bf16", "plain, bf16 compiled"):
             if base in results and all("error" not in r for r in results[base]):
                 row["against"][base] = {
                     part: middle(ratios(rounds, results[base], part)) for part in (*PARTS, "peak_bytes")
@@ -197,8 +197,8 @@ def main() -> None:
             mark = "met" if verdict["met"] else "MISSED"
             print(f"  {verdict['contestant']} / {verdict['of']}, {verdict['what']}: {verdict['median']:.3f}"
                   f" (at most {verdict['at_most']}): {mark}")  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        if options.out:  # after each model, since the next one takes as long again
+            options.out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 
