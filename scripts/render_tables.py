@@ -178,7 +178,13 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
-STEPS = (("qat_step", "AMX"), ("qat_step_bert_avx2", "AVX2"), ("qat_step_llama_avx2", "AVX2"))
+STEPS = (
+    ("qat_step", "AMX"),
+    ("qat_step_bert", "AMX, another"),
+    ("qat_step_llama", "AMX, another"),
+    ("qat_step_bert_avx2", "AVX2"),
+    ("qat_step_llama_avx2", "AVX2"),
+)
 
 
 def step_table() -> str:

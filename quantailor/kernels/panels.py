@@ -66,7 +66,7 @@ def panel_linear(
     x_q, w_q = (t if t.stride(1) == 1 else t.contiguous() for t in (x_q, w_q))
     w_scale, shift, sums = by_group(x_q, w_scale, shift, outputs, size)
     bias = None if bias is None else bias.float().contiguous()
-    x_scale = x_scale.contiguous()
+    x_scale = x_scale.float().contiguous()
     y = torch.empty(rows, outputs) if out is None else out
     inverse = 1.0 if next_scale is None else float(next_scale.reciprocal())
     assert y.is_contiguous() and y.shape == (rows, outputs) and (y.dtype != torch.int8 or next_scale is not None)

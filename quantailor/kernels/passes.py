@@ -75,7 +75,8 @@ def add_norm(
     """norm(y + residual) into `out` [T, N], and what the next product takes of it: q int8 [T, N] and its scale, the
     static `scale` [1] given or, where it is None, one found a token [T, 1]. All float32 and contiguous.
     """
-    if not _usable(y, residual, norm.weight, norm.bias, out) or {y.dtype, residual.dtype, out.dtype} != {torch.float32}:
+    floats = {t.dtype for t in (y, residual, norm.weight, norm.bias, out)} == {torch.float32}
+    if not floats or not _usable(y, residual, norm.weight, norm.bias, out):
         out.copy_(norm(y + residual))
         return (quantize_tokens(out, qmin, qmax)) if scale is None else (quantize_values(out, scale, qmin, qmax), scale)
     rows, length = y.shape
@@ -189,6 +190,7 @@ def fold_scales(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor) -> tuple[
 
 
 def _fold_into(grad: Tensor, w_scale: Tensor | None, x_scale: Tensor, for_x: Tensor, for_w: Tensor) -> None:
+    w_scale, x_scale = None if w_scale is None else w_scale.float(), x_scale.float()
     if _usable(grad, w_scale, x_scale) and grad.dtype in native.SUFFIX:
         name = f"fold_{native.SUFFIX[grad.dtype]}"
         one = c_int32(x_scale.numel() == 1 and grad.shape[0] != 1)

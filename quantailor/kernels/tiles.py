@@ -46,13 +46,13 @@ def by_group(
     x_q: Tensor, w_scale: Tensor, shift: Tensor | None, outputs: int, size: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What the epilogue of a native product reads, in groups of `size`: scale [O, G], shift [O, G], and, where there is
-    one, the sums of `x_q` [T, N], float32 [T, G]."""
+    one, the sums of `x_q` [T, N], float32 [T, G]. All float32, which scales of a model turned into bfloat16 are not."""
     groups = num_groups(x_q.shape[1], size)
-    w_scale = w_scale.expand(outputs, groups).contiguous()
+    w_scale = w_scale.float().expand(outputs, groups).contiguous()
     if shift is None:
         return w_scale, None, None
     sums = to_groups(x_q, size).sum(-1, dtype=torch.float32).contiguous()
-    return w_scale, shift.expand(outputs, groups).contiguous(), sums
+    return w_scale, shift.float().expand(outputs, groups).contiguous(), sums
 
 
 def tile_linear(
@@ -81,7 +81,14 @@ def tile_linear(
     y = torch.empty((rows, w_q.shape[0]), dtype=torch.bfloat16 if in_bf16 else torch.float32) if out is None else out
     assert y.shape == (rows, w_q.shape[0]) and y.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
     one = c_int32(x_scale.numel() == 1 and rows != 1)
-    scales = (w_scale, shift, sums, x_scale.contiguous(), one, None if bias is None else bias.float().contiguous())
+    scales = (
+        w_scale,
+        shift,
+        sums,
+        x_scale.float().contiguous(),
+        one,
+        None if bias is None else bias.float().contiguous(),
+    )
     sizes = (rows, length, w_q.shape[0], depth, size)
     if native.call("gemm", x_q.contiguous(), tiles, *sizes, *scales, y, c_int32(in_bf16)):
         raise MemoryError(f"no memory for the blocks of a product of {rows} x {length} by {w_q.shape[0]}")

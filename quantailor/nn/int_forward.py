@@ -150,7 +150,7 @@ class _IntegerLinear(torch.autograd.Function):
                     w_hat = passes.fake_quantize_weight(weight.float(), scale, zero_point, *numbers)
                     grad_x = grad.float() @ w_hat
                 if needed[1]:
-                    grad_w = grad.float().t() @ (rows * x_scale.reshape(-1, 1))
+                    grad_w = grad.float().t() @ (rows * x_scale.float().reshape(-1, 1))
             grads: tuple[Tensor | None, Tensor | None] = (None, None)
             if grad_w is not None:
                 grads = _lsq_backward(weight, grad_w, scale, zero_point, grid)

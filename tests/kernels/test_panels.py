@@ -83,7 +83,8 @@ def test_activation_functions_and_the_next_layers_integers(name):
     bias, scale = 2 * torch.randn(201), torch.tensor([0.0137])
     y = panels.panel_linear(*parts, bias)
     expected = FUNCTIONS[name](y)
-    assert (panels.panel_linear(*parts, bias, activation=name) - expected).abs().max() <= 1e-6
+    found = panels.panel_linear(*parts, bias, activation=name)
+    assert ((found - expected).abs() <= 1e-6 * (1 + expected.abs())).all()  # torch's own differ by that with AVX-512
     out = torch.empty(300, 201, dtype=torch.int8)
     found = panels.panel_linear(*parts, bias, activation=name, out=out, next_scale=scale, limits=(-127, 127))
     wanted = affine.quantize(expected, scale, 0, -127, 127)
@@ -105,7 +106,7 @@ def test_finishing_a_product_made_elsewhere(name, out, rows):
     given, scale = y.clone(), torch.tensor([0.0137])
     expected = y if name is None else FUNCTIONS[name](y)
     found = panels.finish(y, activation=name, out=torch.empty_like(y))
-    assert (found - expected).abs().max() <= 1e-6 and torch.equal(y, given)
+    assert ((found - expected).abs() <= 1e-6 * (1 + expected.abs())).all() and torch.equal(y, given)
     q = torch.empty(rows, out, dtype=torch.int8)
     panels.finish(y, activation=name, out=q, next_scale=scale, limits=(-127, 127))
     wanted = affine.quantize(expected, scale, 0, -127, 127)

@@ -122,6 +122,26 @@ def test_a_backward_in_bfloat16_rounds_the_gradient_and_little_else(scheme):
     assert torch.equal(rounded["bias"], exact["bias"])
 
 
+@pytest.mark.parametrize("in_bf16", [False, True])
+@pytest.mark.parametrize("scheme", INTEGER_SCHEMES)
+def test_a_layer_that_was_turned_into_bfloat16_as_a_whole(scheme, in_bf16):
+    """Scales are bfloat16 then as well, half the bytes that native code reads."""
+    layer, x, grad = both(scheme)
+    layer, x = layer.to(torch.bfloat16), x.detach().bfloat16().requires_grad_()
+    set_backward(layer, torch.bfloat16 if in_bf16 else torch.float32)
+    y, reference = layer(x), simulated(layer, x)
+    most = float(reference.detach().abs().max())
+    torch.testing.assert_close(y, reference.bfloat16(), rtol=2**-6, atol=2**-6 * most)
+    with int_forward.float_products():
+        assert torch.equal(y, layer(x))
+    found, expected = gradients(layer, x, y, grad), gradients(layer, x, reference, grad)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        difference = (found[name].double() - value.double()).norm() / value.double().norm()
+        # Elements at the edge of the range and sums that cancel differ by more than bfloat16 rounds.
+        assert float(difference) < (1 if name == "input_quantizer.log_scale" else 2**-3 if "scale" in name else 2**-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-g32", "w8a8-static", "w4a8-g32-asym"])
 def test_a_frozen_layer_passes_on_the_same_gradient_and_the_lowest_one_has_the_same_of_its_weight(scheme, dtype):
