@@ -185,7 +185,10 @@ class PackedWeight(nn.Module):
         return torch.full_like(self.scales(), offset) if offset else None
 
     def stored(self) -> StoredWeight | None:
-        """As kernels for packed weights read it; None for what they do not know: listed groups."""
+        """As kernels for packed weights read it; None for what they do not know: listed groups.
+
+        Scales are float32 there, also where the model was turned into another type as a whole.
+        """
         grid = self.spec.grid
         if self.spec.is_indexed:
             return None
@@ -193,13 +196,13 @@ class PackedWeight(nn.Module):
         if isinstance(grid, NF4):
             levels = torch.tensor(nf4.LEVELS)
             return StoredWeight(
-                buffers["words"], self.scales(), 4, self.in_features, self.spec.group_size, 0.0, None, levels
+                buffers["words"], self.scales().float(), 4, self.in_features, self.spec.group_size, 0.0, None, levels
             )
         if self.is_int8:
-            return StoredWeight(buffers["q"], buffers["scale"], 8, self.in_features, self.spec.group_size)
+            return StoredWeight(buffers["q"], buffers["scale"].float(), 8, self.in_features, self.spec.group_size)
         move = 0.0 if self.is_asymmetric else grids.lowest(grid) + grids.limits(grid)[2]
         zero = buffers.get("zero_point")
-        scale = buffers["scale"]
+        scale = buffers["scale"].float()
         return StoredWeight(buffers["words"], scale, grid.bits, self.in_features, self.spec.group_size, move, zero)
 
     def block_maker(self) -> Callable[[slice], Tensor]:

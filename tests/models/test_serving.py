@@ -9,11 +9,31 @@ from quantailor.kernels import decode
 from quantailor.kernels.native import library as native
 from quantailor.models.serving import choices, serving
 from quantailor.models.structure import modules_of
-from quantailor.nn.packed import QuantLinear
+from quantailor.nn.packed import QuantLinear, packed
 from tests.formats.making import texts
+from tests.nn.layers import linear, quantized
 
 SCHEMES = ["w8a16", "w4a16-g32", "w4a16-g32-asym", "w3a16-g32", "w2a16-g32-balanced", "w1.58a16-g32", "w1a16-g32"]
 SCHEMES += ["nf4", "nf4-dq", "w5a16-g32", "w4a8-g32"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "w8a8", "w8a8-static", "w4a16-g128"])
+def test_a_packed_layer_that_was_turned_into_another_type_as_a_whole(scheme, dtype):
+    """Its scales are of that type then, half the bytes that native code reads of float32 ones."""
+    torch.manual_seed(0)
+    layer, x = linear(length=256)
+    model = torch.nn.Sequential(packed(quantized(layer, scheme, x))).eval()
+    expected = model(x)
+    model, x = model.to(dtype), x.to(dtype)
+    most = float(expected.abs().max())
+    with torch.inference_mode():
+        proven = model(x)
+        with serving(model):
+            served = model(x)
+    assert proven.dtype == served.dtype == dtype
+    for found in (proven, served):
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.02 * most)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
