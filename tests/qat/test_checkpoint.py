@@ -165,7 +165,16 @@ def test_rows_grouped_by_length_go_on_with_the_same_batches(
     def go(folder=None):
         model = copy.deepcopy(simulated_at("w8a8", "classification").model)
         work = None if folder is None else Work(folder, {"config": "one"}, states=checkpoint.KEPT)
-        settings = Settings(**{**OPTIONS, "steps": 24, "group_by_length": True, "task_weight": 1.0, "kl_weight": 0.0})
+        settings = Settings(
+            **{
+                **OPTIONS,
+                "learning_rate": 3e-4,
+                "steps": 24,
+                "group_by_length": True,
+                "task_weight": 1.0,
+                "kl_weight": 0.0,
+            }
+        )
         report = train(model, rows, lambda m: (evaluate(m, rows).mean_loss,), settings, work=work)
         assert report.improved
         return checkpoint.fingerprint(model)

@@ -78,7 +78,7 @@ def test_small_integers_give_exact_sums():
 @pytest.mark.skipif(DEVICE == "cuda", reason="the autotuner tries them all there")
 @pytest.mark.parametrize("config", subject.CONFIGS[::5], ids=str)  # each number of rows, each of words
 def test_blocks_of_all_kinds_give_the_product(config, monkeypatch):
-    monkeypatch.setattr(common, "_fastest", {})
+    monkeypatch.setattr(common, "_compiled", {})
     monkeypatch.setattr(subject._decode_linear, "configs", [config])
     for bits, kind in ((4, "zero points"), (8, "signed")):
         u, weight = drawn(bits, 580, 9, 32, kind)

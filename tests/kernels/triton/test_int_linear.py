@@ -73,7 +73,7 @@ def test_the_largest_sums_do_not_overflow():
 @pytest.mark.skipif(DEVICE == "cuda", reason="the autotuner tries them all there")
 @pytest.mark.parametrize("config", subject.CONFIGS[::4], ids=str)
 def test_blocks_of_all_kinds_give_the_same(config, monkeypatch):
-    monkeypatch.setattr(common, "_fastest", {})
+    monkeypatch.setattr(common, "_compiled", {})
     monkeypatch.setattr(subject._int_linear, "configs", [config])
     tall, wide = config.kwargs["BLOCK_T"] + 1, config.kwargs["BLOCK_O"] + 1
     check(*drawn(tall, 40, wide, 32, shifted=True))
