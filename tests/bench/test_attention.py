@@ -1,21 +1,17 @@
 """The benches' own attention against torch's, and what it leaves to torch."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parents[2]
+from tests.bench.loaded import loaded
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_attention", ROOT / "bench" / "attention.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded("attention")
     if module.library() is None:
         pytest.skip("no C compiler: the benches take torch's attention")
     return module

@@ -1,22 +1,17 @@
 """What bench/gpu.py says without a GPU, and how it sums up."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.bench.loaded import loaded
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("gpu")
 
 
 def test_without_a_gpu_one_line_and_status_2(bench, monkeypatch, capsys, tmp_path):
