@@ -81,14 +81,8 @@ def tile_linear(
     y = torch.empty((rows, w_q.shape[0]), dtype=torch.bfloat16 if in_bf16 else torch.float32) if out is None else out
     assert y.shape == (rows, w_q.shape[0]) and y.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
     one = c_int32(x_scale.numel() == 1 and rows != 1)
-    scales = (
-        w_scale,
-        shift,
-        sums,
-        x_scale.float().contiguous(),
-        one,
-        None if bias is None else bias.float().contiguous(),
-    )
+    bias = None if bias is None else bias.float().contiguous()
+    scales = (w_scale, shift, sums, x_scale.float().contiguous(), one, bias)
     sizes = (rows, length, w_q.shape[0], depth, size)
     if native.call("gemm", x_q.contiguous(), tiles, *sizes, *scales, y, c_int32(in_bf16)):
         raise MemoryError(f"no memory for the blocks of a product of {rows} x {length} by {w_q.shape[0]}")

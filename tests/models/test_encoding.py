@@ -68,14 +68,14 @@ def test_the_proven_answer(kind, scheme, way, monkeypatch):
     monkeypatch.setattr(encoding, "_AT_ONCE", 50)  # several runs of rows
     monkeypatch.setattr(encoding, "multiplies_int8", lambda: WAYS[way])
     model = packed(MODELS[kind](), scheme)
-    for inputs in (zoo.tokens(20, 7, 13, 20, 1), zoo.tokens(20, 20), zoo.tokens(5)):
+    for inputs in (zoo.tokens(20, 7, 13, 20, 1), zoo.tokens(*[20] * 8), zoo.tokens(5)):
         with torch.inference_mode():
             expected = model(**inputs).logits
             with serving(model) as told:
                 found = model(**inputs).logits
             again = model(**inputs).logits
         off = (found - expected).abs().amax(1) / expected.abs().max()
-        assert (off <= 2e-5).float().mean() >= 0.5 and off.max() <= 2e-2
+        assert (off <= 1e-5).float().mean() >= 0.5 and off.max() <= 2e-2
         assert torch.equal(again, expected)
     assert [c.few_rows for c in told] == ["encoder block"] and sum(c.layers for c in told) == 12
 
