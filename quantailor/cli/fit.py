@@ -29,6 +29,14 @@ def fit(
         float | None, typer.Option(help="of the weights; by default from the table by bits and size")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    task_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="of the data's own loss in the longer QAT, beside the distance from the float model; 0 learns from "
+            "the float model alone; by default 1 where the start is within half of the float model's figure",
+            min=0,
+        ),
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(help="PTQ methods to try, cheapest first, by comma; by default rtn, then what suits the scheme"),
@@ -65,6 +73,7 @@ def fit(
         methods=None if methods is None else tuple(name.strip() for name in methods.split(",") if name.strip()),
         short_steps=max(1, steps // 4),
         long_steps=steps,
+        task_weight=task_weight,
         control=control,
         settings=api.Settings(learning_rate=learning_rate, batch_size=batch_size, seed=seed),
     )

@@ -1,6 +1,10 @@
 """The ladder of `fit`: the cheapest way that meets the tolerance, each rung tried only if the one before fell short.
 
-    float -> RTN -> GPTQ -> Qronos -> hybrid (best PTQ + short QAT) -> QAT (longer, from the best so far)
+    float -> RTN -> Qronos -> Block-AP -> hybrid (best PTQ + short QAT) -> QAT (longer, from the best so far)
+
+The short QAT learns from the float model alone. The longer one learns from the data's own loss as well, where its start
+is near: what the float model has to teach is soon taken up there, and the figure that is judged is the data's own. Far
+from the float model its whole distribution teaches more in as many steps (docs/LOG.md).
 
 Every rung says why it was taken or left, how long it took and what it measured. What comes back is the best that was
 found, even where nothing met the tolerance: then the verdict says so.
@@ -34,11 +38,17 @@ from quantailor.qat.train import TrainReport, train
 from quantailor.recipe import Recipe
 
 VERDICTS = ("ptq", "hybrid", "qat", "infeasible")
+NEAR = 0.5  # loss of a start from which the data's own loss helps: it did from 0.03, 0.04 and 0.16, not from 1.0
+_TASK_WEIGHT, _AVERAGE = 1.0, 0.25  # of the longer QAT, where nothing else is asked for
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is good enough, and what it may cost. `tolerance`: of the float model's own value (0.02 = 2 %)."""
+    """What is good enough, and what it may cost. `tolerance`: of the float model's own value (0.02 = 2 %).
+
+    `task_weight`: of the data's own loss in the longer QAT, beside the divergence from the float model; 0 keeps to the
+    float model alone. None: that of the settings, or 1 where the start is within half of the float model's value.
+    """
 
     tolerance: float = 0.02
     minutes: float = 30.0
@@ -47,6 +57,7 @@ class Goal:
     long_steps: int = 400
     settings: Settings = field(default_factory=Settings)
     methods: tuple[str, ...] | None = None  # None: what ptq/defaults.py has for the scheme
+    task_weight: float | None = None
     control: bool = False  # also fine-tune the float model for the steps that QAT took
 
     def __post_init__(self) -> None:
@@ -54,6 +65,8 @@ class Goal:
             raise UsageError(f"tolerance={self.tolerance} must be 0 or more and below 1; 2% is 0.02")
         if not 0 < self.minutes < math.inf:
             raise UsageError(f"minutes={self.minutes} is no time to work in; use more than 0, such as 30")
+        if self.task_weight is not None and not 0 <= self.task_weight < math.inf:
+            raise UsageError(f"task_weight={self.task_weight} must be 0 or more, such as 1")
         for method in self.methods or ():
             ptq.method(method)
         if self.methods is not None and not self.methods:
@@ -218,7 +231,7 @@ class Ladder:
     def _qat(self, name: str, start: nn.Module, start_step: Step, num_steps: int, seed: int) -> tuple[nn.Module, Step]:
         began = self.clock()
         candidate = copy.deepcopy(start)
-        settings = dataclasses.replace(self.goal.settings, steps=num_steps, seed=seed)
+        settings = dataclasses.replace(self._settings(name, start_step), steps=num_steps, seed=seed)
         report = train(candidate, self.train_data, self._quick, settings, teacher=self.model, progress=self.progress)
         state = state_of(candidate)
         assert state is not None
@@ -228,6 +241,8 @@ class Ladder:
         self.seconds_per_step = (self.clock() - began) / num_steps
         fell_short = f"{start_step.name} lost {start_step.loss:.2%}, over {self.goal.tolerance:.2%}"
         reason = f"{fell_short}: {num_steps} steps of QAT from there"
+        if settings.task_weight:
+            reason += f"; the data's own loss counts {settings.task_weight:g}"
         step = self._measure(name, candidate, reason, began, report)
         if not self._better(step, start_step):
             why = (
@@ -237,6 +252,15 @@ class Ladder:
             )
             self.notes.append(f"{name}: training {why}; {start_step.name} stands")
         return candidate, step
+
+    def _settings(self, name: str, start: Step) -> Settings:
+        """Of one rung: what was asked for; the longer QAT learns from the data too, where its start is near."""
+        settings, weight = self.goal.settings, self.goal.task_weight
+        if name != "qat":
+            return settings
+        if weight is None:
+            weight = settings.task_weight or (_TASK_WEIGHT if start.loss <= NEAR else 0.0)
+        return dataclasses.replace(settings, task_weight=weight, average=settings.average or _AVERAGE)
 
     def _quick(self, model: nn.Module) -> Score:
         """The score training is steered by: on a part of the evaluation data, lower is better."""
@@ -311,7 +335,12 @@ class Ladder:
         twin = copy.deepcopy(self.model)
         # A float model has no distance to itself: it trains on the task alone, at its own rate.
         settings = dataclasses.replace(
-            self.goal.settings, steps=num_steps, kl_weight=0.0, task_weight=1.0, learning_rate=None
+            self.goal.settings,
+            steps=num_steps,
+            kl_weight=0.0,
+            task_weight=1.0,
+            average=self.goal.settings.average or _AVERAGE,
+            learning_rate=None,
         )
         report = train(twin, self.train_data, self._quick, settings, progress=self.progress)
         step = self._measure(

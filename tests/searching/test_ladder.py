@@ -33,7 +33,7 @@ class World:
 
     def __init__(self, monkeypatch, float_value=10.0, *, higher=False, step_seconds=1.0, **values):
         self.values, self.higher, self.step_seconds = {"float": float_value, **values}, higher, step_seconds
-        self.now, self.calls, self.models = 0.0, [], []
+        self.now, self.calls, self.settings = 0.0, [], []
         self.model = self.twin(float_value)
         for name in ("calibrate", "prepare", "train", "evaluate", "reference_for", "difference"):
             monkeypatch.setattr(ladder_module, name, getattr(self, name))
@@ -80,6 +80,7 @@ class World:
             for _ in range(settings.steps):
                 self.now += self.step_seconds
                 advance(1)
+        self.settings.append(settings)
         kind = "trial" if isinstance(progress, ladder_module._Pace) else self.rung(model, teacher)
         self.calls.append((kind, settings.steps))
         value = self.values.get(kind, model.value)
@@ -156,7 +157,39 @@ def test_a_long_qat_is_the_last_resort(monkeypatch):
     assert outcome.verdict == "qat" and names(outcome)[-2:] == ["hybrid", "qat"]
     assert world.calls[-2:] == [("hybrid", 10), ("qat", 40)]
     assert outcome.model.quantailor_state.method == "gptq+qat", "once, however many rungs"
-    assert outcome.steps[-1].reason == "hybrid lost 10.00%, over 5.00%: 40 steps of QAT from there"
+    assert outcome.steps[-1].reason == (
+        "hybrid lost 10.00%, over 5.00%: 40 steps of QAT from there; the data's own loss counts 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "asked", "own", "weight"),
+    [
+        (11.0, None, 0.0, 1.0),  # near: what is judged is the data's own
+        (15.0, None, 0.0, 1.0),
+        (15.1, None, 0.0, 0.0),  # far: the float model has more to teach
+        (11.0, 0.0, 0.0, 0.0),
+        (15.1, 0.5, 0.0, 0.5),
+        (15.1, None, 0.2, 0.2),  # of the settings, which the short one has as well
+        (11.0, 2.0, 0.2, 2.0),
+    ],
+)
+def test_a_long_qat_from_nearby_learns_from_the_data_too(monkeypatch, hybrid, asked, own, weight):
+    world = World(monkeypatch, 10.0, rtn=16.0, hybrid=hybrid, qat=10.1, **{"float+": 9.0})
+    outcome = world.climb(methods=("rtn",), task_weight=asked, settings=Settings(task_weight=own), control=True)
+    trial, short, long, control = world.settings
+
+    assert trial.task_weight == short.task_weight == own and short.average == 0.0
+    assert (long.task_weight, long.kl_weight, long.average) == (weight, 1.0, 0.25)
+    assert (control.task_weight, control.kl_weight, control.average) == (1.0, 0.0, 0.25), "as the run beside it"
+    (step,) = (step for step in outcome.steps if step.name == "qat")
+    assert step.reason.endswith(f"; the data's own loss counts {weight:g}" if weight else "steps of QAT from there")
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
+def test_a_weight_that_is_none_is_refused(weight):
+    with pytest.raises(UsageError, match=r"task_weight=.* must be 0 or more"):
+        Goal(task_weight=weight)
 
 
 def test_where_nothing_is_enough_the_best_comes_back(monkeypatch):
