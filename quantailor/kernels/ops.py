@@ -98,8 +98,26 @@ def int_matmul(x_q_TN: Tensor, w_q_ON: Tensor) -> Tensor:
 
 @functools.cache
 def multiplies_int8() -> bool:
-    """Whether this processor has an instruction for int8 products that torch or our tiles use."""
-    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether this processor has an instruction for int8 products that torch or our tiles use, and torch is right.
+
+    Where ONEDNN_MAX_CPU_ISA keeps oneDNN from that instruction, torch 2.13 takes a path that is wrong.
+    """
+    return (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()) and _is_exact(torch._int_mm)
+
+
+def _is_exact(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Of a product of int8 matrices: whether it sums the extreme integers, odd sizes too, as int64 does."""
+    for rows, inner, columns in ((1, 8, 8), (17, 33, 5), (32, 128, 64)):
+        x = _extremes((-128, 127, 127, -128, -1), rows, inner)
+        w = _extremes((127, 127, -128, -128, 3, -128, 1), columns, inner).t()
+        if not torch.equal(product(x.to(torch.int8), w.to(torch.int8)).long(), x @ w):
+            return False
+    return True
+
+
+def _extremes(values: tuple[int, ...], rows: int, columns: int) -> Tensor:
+    """`values` over and over, int64 [rows, columns]."""
+    return torch.tensor(values, device="cpu").repeat(rows * columns)[: rows * columns].view(rows, columns)
 
 
 def product_here(device: str = "cpu", *, has_run: bool = False) -> str:

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -32,6 +36,30 @@ def test_processors_without_an_int8_instruction_get_the_same_sums(monkeypatch, h
     x, w = (torch.randint(-128, 128, (n, 1500), dtype=torch.int8) for n in (9, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which is not to round integers
         assert torch.equal(int_matmul(x, w), (x.long() @ w.long().t()).float())
+
+
+PRODUCT = """
+import torch
+from quantailor.kernels import ops
+torch.manual_seed(0)
+for tokens, length, rows in ((1, 8, 8), (33, 1000, 7), (64, 128, 64)):
+    x, w = (torch.randint(-128, 128, (n, length), dtype=torch.int8) for n in (tokens, rows))
+    assert torch.equal(ops.int_matmul(x, w), (x.long() @ w.long().t()).float()), (tokens, length, rows)
+"""
+
+
+@pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE", "DEFAULT"])
+def test_a_product_of_torch_s_that_is_wrong_is_not_taken(isa):
+    """Kept from its int8 instruction, oneDNN of torch 2.13 sums wrongly, and says nothing."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", PRODUCT], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y + 1, lambda y: y.clamp(max=2**15), lambda y: torch.zeros_like(y)])
+def test_a_wrong_product_is_seen(wrong):
+    assert ops._is_exact(lambda x, w: (x.long() @ w.long()).int())
+    assert not ops._is_exact(lambda x, w: wrong((x.long() @ w.long()).int()))
 
 
 @pytest.mark.parametrize("matmul", [int_matmul, float_matmul])
