@@ -251,6 +251,13 @@ class Ladder:
                 else f"{step.value:.4f} is no better than {start_step.value:.4f} on all of the data"
             )
             self.notes.append(f"{name}: training {why}; {start_step.name} stands")
+        else:
+            before, after = (getattr(s.result, "kl", None) for s in (start_step, step))
+            if settings.task_weight and before is not None and after is not None:
+                self.notes.append(
+                    f"{name} learned from the data as well as from the float model: its KL to that went from "
+                    f"{before:.4f} to {after:.4f}; task_weight 0 keeps to the float model alone"
+                )
         return candidate, step
 
     def _settings(self, name: str, start: Step) -> Settings:

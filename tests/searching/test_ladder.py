@@ -34,6 +34,7 @@ class World:
     def __init__(self, monkeypatch, float_value=10.0, *, higher=False, step_seconds=1.0, **values):
         self.values, self.higher, self.step_seconds = {"float": float_value, **values}, higher, step_seconds
         self.now, self.calls, self.settings = 0.0, [], []
+        self.measures_kl = False
         self.model = self.twin(float_value)
         for name in ("calibrate", "prepare", "train", "evaluate", "reference_for", "difference"):
             monkeypatch.setattr(ladder_module, name, getattr(self, name))
@@ -49,6 +50,7 @@ class World:
             value=model.value,
             higher_is_better=self.higher,
             nats_per_token=model.value,
+            kl=model.value / 100 if self.measures_kl else None,
             mean_loss=1.0,
             to_json=dict,
         )
@@ -184,6 +186,17 @@ def test_a_long_qat_from_nearby_learns_from_the_data_too(monkeypatch, hybrid, as
     assert (control.task_weight, control.kl_weight, control.average) == (1.0, 0.0, 0.25), "as the run beside it"
     (step,) = (step for step in outcome.steps if step.name == "qat")
     assert step.reason.endswith(f"; the data's own loss counts {weight:g}" if weight else "steps of QAT from there")
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "measured", "said"), [(11.0, True, True), (15.5, True, False), (11.0, False, False)]
+)
+def test_what_learning_from_the_data_cost_is_said_where_it_was_measured(monkeypatch, hybrid, measured, said):
+    world = World(monkeypatch, 10.0, rtn=16.0, hybrid=hybrid, qat=10.1)
+    world.measures_kl = measured
+    told = "qat learned from the data as well as from the float model: its KL to that went from 0.1100 to 0.1010"
+    expected = [f"{told}; task_weight 0 keeps to the float model alone"] if said else []
+    assert world.climb(methods=("rtn",)).notes == expected
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
