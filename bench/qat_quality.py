@@ -49,8 +49,8 @@ RECIPES: dict[int, dict[str, Any]] = {
     3: {"task_weight": 1.0, "average": 0.25},
     2: {"task_weight": 0.0, "average": 0.25},
 }
-# Runs of more steps: at the table's 9.4e-4 four thousand end above five hundred, and at two bits the text pays by then, at
-# a lower rate than its 2e-3 (chosen on all HELD_OUT documents, seed 100).
+# Runs of more steps: at the table's 9.4e-4 four thousand end above five hundred, and at two bits the text pays by then,
+# at a lower rate than its 2e-3 (chosen on all HELD_OUT documents, seed 100).
 LONG = 1000
 LONG_RECIPES: dict[int, dict[str, Any]] = {3: {"learning_rate": 3e-4}, 2: {"task_weight": 1.0, "learning_rate": 1.2e-3}}
 FLOAT_RATE = 1.5e-4  # of the control on the smaller model: at the table's 4.8e-4 batches of 4 rows gained nothing
