@@ -18,7 +18,7 @@ from quantailor.errors import UsageError
 from quantailor.kernels import passes
 from quantailor.kernels.ops import IntegerInput
 from quantailor.numerics import affine
-from quantailor.numerics.affine import checked_scale
+from quantailor.numerics.affine import checked_scale, learned_scale
 from quantailor.numerics.lsq import gradient_scale, lsq
 from quantailor.numerics.sign import fake_quantize_sign, quantize_sign
 from quantailor.observers.ranges import Observer, make_observer
@@ -58,7 +58,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """[1], static only."""
-        return self.base_scale * self.log_scale.exp()
+        return learned_scale(self.base_scale, self.log_scale)
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:

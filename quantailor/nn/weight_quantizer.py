@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantailor.kernels.ops import IntegerWeight, has_integer_product
 from quantailor.nn.int_forward import WeightGrid, fake_quantized_weight
 from quantailor.numerics import grids, nf4
-from quantailor.numerics.affine import checked_scale
+from quantailor.numerics.affine import checked_scale, learned_scale
 from quantailor.numerics.grouping import from_groups, num_groups, to_groups
 from quantailor.numerics.lsq import gradient_scale
 from quantailor.spec import NF4, Balanced, Int, PerTensor, QuantSpec
@@ -69,7 +69,7 @@ class WeightQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """[O, G, 1], not 0; negative where calibration turned the grid around."""
-        return self.base_scale * self.log_scale.exp()
+        return learned_scale(self.base_scale, self.log_scale)
 
     @property
     def scale_OG(self) -> Tensor:

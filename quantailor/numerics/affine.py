@@ -31,6 +31,17 @@ def checked_scale(scale: Tensor, *, signed: bool = False) -> Tensor:
     return scale
 
 
+def learned_scale(base: Tensor, log_scale: Tensor) -> Tensor:
+    """base * exp(log_scale), of one shape: a scale whose logarithm trains. float32, or wider if the two are.
+
+    A model turned into half as a whole has both in half. The scale is not: the reciprocal of so short a number would
+    put elements on other integers than kernels do, which take it in float32.
+    """
+    if base.dtype not in (torch.float32, torch.float64):
+        base, log_scale = base.float(), log_scale.float()
+    return base * log_scale.exp()
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
     """Map reals to the integer grid (Eq. 4).
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantailor.nn.weight_quantizer import WeightQuantizer
 from quantailor.numerics import grids
+from quantailor.numerics.affine import learned_scale
 from quantailor.numerics.grouping import from_groups, to_groups
 from quantailor.numerics.oscillation import jumps
 from quantailor.qat.quantizers import FrozenIntegers
@@ -124,7 +125,7 @@ class Sampled:
 
     def _grid(self, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the rows: picked first, since a grid of small groups has many."""
-        scale = self._of_rows(quantizer.base_scale) * self._of_rows(quantizer.log_scale.detach()).exp()
+        scale = learned_scale(self._of_rows(quantizer.base_scale), self._of_rows(quantizer.log_scale.detach()))
         return scale, self._of_rows(quantizer.zero_point)
 
     def _of_rows(self, tensor: Tensor) -> Tensor:
