@@ -396,16 +396,20 @@ def test_kill_9_at_random_moments_leaves_the_old_or_the_new_folder(tmp_path, rea
             fill(tmp, text, num_files=10)
 
     save("0")
-    start = time.perf_counter()
+    began = time.perf_counter()
     save("1")
-    seconds, last, inside = time.perf_counter() - start, "1", 0
+    seconds, last, inside = time.perf_counter() - began, "1", 0
     for attempt in range(2, 18):
+        started, start = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
+                os.write(start, b".")
                 save(str(attempt))
             finally:
                 os._exit(0)
+        os.read(started, 1)  # on a busy machine the child may come to run long after it was made
+        os.close(started), os.close(start)
         time.sleep(rng.uniform(0, 1.1) * seconds)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
