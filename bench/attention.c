@@ -8,11 +8,11 @@
 #define D 8
 #ifdef __AVX512F__
 #define W 16
-#define FEW(x) {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}
+#define EACH(x) {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}
 #define LANES {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #else
 #define W 8
-#define FEW(x) {x, x, x, x, x, x, x, x}
+#define EACH(x) {x, x, x, x, x, x, x, x}
 #define LANES {0, 1, 2, 3, 4, 5, 6, 7}
 #endif
 typedef float vf __attribute__((vector_size(4 * W)));
@@ -22,7 +22,7 @@ typedef int i8 __attribute__((vector_size(32)));
 
 static inline vf pick(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
 
-static inline vf all(float x) { return (vf)FEW(x); }
+static inline vf all(float x) { return (vf)EACH(x); }
 
 // exp to 2 units of the last place for x <= 0; 0 below -87. Cody and Waite's reduction, Taylor to the sixth order.
 static inline vf vexp(vf x) {
@@ -84,7 +84,7 @@ static inline vf dots(const vf *a, const vf *bt, long j, long blocks) {
 // Which of the W tokens of block j are at most i.
 static inline vi seen(long j, long i) {
   const int at = (int)(i - W * j);
-  return (vi)LANES <= (vi)FEW(at);
+  return (vi)LANES <= (vi)EACH(at);
 }
 
 static void turn(const float *x, float *y, long t, long blocks) {

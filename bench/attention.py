@@ -37,7 +37,8 @@ def library() -> ctypes.CDLL | None:
         return None
     folder = Path.home() / ".cache" / "quantailor"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    target = folder / f"attention-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+    made_of = source.read_bytes() + torch.backends.cpu.get_cpu_capability().encode()
+    target = folder / f"attention-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run([compiler, *FLAGS, str(source), "-o", str(made), "-lm"], check=False)

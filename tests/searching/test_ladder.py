@@ -205,6 +205,11 @@ def test_a_weight_that_is_none_is_refused(weight):
         Goal(task_weight=weight)
 
 
+def test_a_run_without_any_loss_is_refused_before_it_begins():
+    with pytest.raises(UsageError, match="one must count"):
+        Goal(task_weight=0.0, settings=Settings(kl_weight=0.0, task_weight=1.0))
+
+
 def test_where_nothing_is_enough_the_best_comes_back(monkeypatch):
     outcome = World(monkeypatch, rtn=14.0, gptq=13.0, hybrid=12.0, qat=11.0).climb()
     assert outcome.verdict == "infeasible" and outcome.final.name == "qat" and outcome.model.value == 11.0

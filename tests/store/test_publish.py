@@ -408,8 +408,9 @@ def test_kill_9_at_random_moments_leaves_the_old_or_the_new_folder(tmp_path, rea
                 save(str(attempt))
             finally:
                 os._exit(0)
+        os.close(start)
         os.read(started, 1)  # on a busy machine the child may come to run long after it was made
-        os.close(started), os.close(start)
+        os.close(started)
         time.sleep(rng.uniform(0, 1.1) * seconds)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
